@@ -1,0 +1,336 @@
+"""The recipe: a YAML file of three sections, checked, then handed to TRL's parser; flags override it."""
+
+import dataclasses
+import difflib
+import enum
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from trl import TrlParser
+
+from h2s.errors import InputError
+
+SECTIONS = ("model", "dataset", "task")
+SECRETS = ("hub_token", "push_to_hub_token")
+# Keys that name something to read, which is looked for beside the YAML first.
+INPUT_PATHS = (
+    "path",
+    "hard_prompt_file",
+    "model_name_or_path",
+    "reward_model_name_or_path",
+    "prefix_adapter",
+    "policy_adapter",
+    "reward_adapter",
+)
+
+
+def _data(help_text: str) -> Any:
+    """A field without which nothing runs: models and data have no default."""
+    return field(default=None, metadata={"help": help_text})
+
+
+@dataclass
+class HardPromptArguments:
+    """The model and the prompt that a prefix is made from."""
+
+    model_name_or_path: str | None = _data("Chat model: a folder, a Hub name or embedded:gemma-3-270m.")
+    model_revision: str | None = _data("Revision of the model on the Hub.")
+    dtype: Literal["auto", "bfloat16", "float32"] = field(
+        default="auto", metadata={"help": "Of the frozen model; auto is bfloat16 on CUDA, float32 elsewhere."}
+    )
+    attn_implementation: str | None = _data("Attention implementation, as transformers names them.")
+    hard_prompt: str | None = _data("The system prompt itself.")
+    hard_prompt_file: str | None = _data("A UTF-8 text file that holds the system prompt.")
+    opening_user_message: str | None = _data("A user message before conversations that begin with the assistant.")
+
+
+@dataclass
+class PolicyModelArguments(HardPromptArguments):
+    """A hard prompt, or a prefix adapter made before; and the reward."""
+
+    prefix_adapter: str | None = _data("A prefix adapter to go on from; the reference stays its hard prompt.")
+    reward_adapter: str | None = _data("A reward adapter made by train_reward.py.")
+
+
+@dataclass
+class RewardModelArguments:
+    """The encoder that learns the judgements."""
+
+    reward_model_name_or_path: str | None = _data("A BERT: a folder, a Hub name or embedded:minilm.")
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Length of its soft prefix."})
+    max_tokens: int | None = field(default=None, metadata={"help": "Text tokens; positions minus virtual tokens."})
+
+
+@dataclass
+class AdapterArguments:
+    """A trained policy."""
+
+    policy_adapter: str | None = _data("A policy adapter made by convert_prompt.py or train_policy.py.")
+
+
+@dataclass
+class CompareModelArguments(AdapterArguments):
+    """A trained policy, and a reward model to score it."""
+
+    reward_adapter: str | None = _data("A reward adapter that scores both sides; none: no scores.")
+
+
+@dataclass
+class NoArguments:
+    """An empty section."""
+
+
+@dataclass
+class DatasetArguments:
+    """The data and how it is split."""
+
+    path: str | None = _data("The file (xlsx, csv, json, jsonl, parquet) or Hub data set.")
+    test_size: float = field(default=0.2, metadata={"help": "Share of conversations reported on; half of it selects."})
+    split_seed: int = field(default=42, metadata={"help": "Seed of the split by conversation."})
+
+
+@dataclass
+class CompareDatasetArguments(DatasetArguments):
+    """The contexts and which of them are compared."""
+
+    split: Literal["test", "all"] = field(default="test", metadata={"help": "The held-out part, or all contexts."})
+
+
+@dataclass
+class ConversationArguments:
+    """What to reply to."""
+
+    conversation: str | None = field(
+        default=None, metadata={"help": "JSON or Python list of messages, or one user message; none: a chat."}
+    )
+
+
+@dataclass
+class RunArguments:
+    """Where a run's files go."""
+
+    output_dir: str = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
+    run_name: str | None = field(default=None, metadata={"help": "The run's folder in it; a timestamp by default."})
+    seed: int = field(default=42, metadata={"help": "Seed."})
+
+
+@dataclass
+class ConvertArguments(RunArguments):
+    """Where the adapter goes."""
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the adapter at the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository on the Hub."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
+    hub_token: str | None = field(default=None, metadata={"help": "Token; that of `hf auth login` by default."})
+
+
+@dataclass
+class GenerateArguments(RunArguments):
+    """How replies are drawn."""
+
+    max_completion_length: int = field(default=128, metadata={"help": "Most tokens of a reply."})
+    temperature: float = field(default=0.7, metadata={"help": "0 is greedy."})
+    top_k: int = field(default=0, metadata={"help": "0 keeps the whole vocabulary."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus; 1 keeps the whole distribution."})
+    batch_size: int = field(default=16, metadata={"help": "Contexts at a time."})
+
+    def __post_init__(self):
+        if self.max_completion_length < 1 or self.batch_size < 1:
+            raise InputError("max_completion_length and batch_size must be at least 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise InputError("expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+
+
+class _Parser(TrlParser):
+    """TRL's parser, whose errors are one line."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def parse_recipe(model: type, dataset: type, task: type, argv: list[str] | None = None) -> tuple[Any, Any, Any]:
+    """Read `--config FILE` and the flags that override it.
+
+    Args:
+        model: dataclass of the section `model`.
+        dataset: of the section `dataset`.
+        task: of the section `task`.
+        argv: the command line without the program; `sys.argv` by default.
+
+    Returns:
+        An instance of each.
+
+    Raises:
+        InputError: an unknown key, one in the wrong section, a wrong type, or a value that a dataclass refuses.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    classes = dict(zip(SECTIONS, (model, dataset, task), strict=True))
+    parser = _Parser([model, dataset, task], allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="The recipe's YAML.")
+    config = _config_path(argv)
+    if config is not None:
+        parser.set_defaults_with_config(**_read_yaml(config, classes))
+    try:
+        *sections, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error).splitlines()[0]) from error
+    if unknown:
+        keys = [f.name for c in classes.values() for f in dataclasses.fields(c) if f.init]
+        raise InputError(f"unknown flag {unknown[0]}{_nearest(unknown[0].lstrip('-'), keys, '--')}")
+    return tuple(sections)
+
+
+def _config_path(argv: list[str]) -> Path | None:
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            return Path(argv[i + 1])
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config="))
+    return None
+
+
+def _nearest(key: str, keys: list[str], dashes: str = "") -> str:
+    close = difflib.get_close_matches(key, keys, n=1)
+    return f"; did you mean {dashes}{close[0]}?" if close else ""
+
+
+def _read_yaml(path: Path, classes: dict[str, type]) -> dict[str, Any]:
+    """The YAML as one flat mapping, each key checked to stand in its section and to be of its field's type."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"no such recipe: {path} ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected the sections {', '.join(SECTIONS)}, got {type(content).__name__}")
+    flat: dict[str, Any] = {}
+    for section, keys in content.items():
+        if section not in SECTIONS:
+            near = _nearest(str(section), list(SECTIONS))
+            raise InputError(f"{path}: unknown section {section!r}; expected {', '.join(SECTIONS)}{near}")
+        if keys is None:
+            continue
+        if not isinstance(keys, dict):
+            raise InputError(f"{path}, section {section}: expected keys and values, got {type(keys).__name__}")
+        for key, value in keys.items():
+            flat[key] = _checked(path, section, str(key), value, classes)
+    return flat
+
+
+def _checked(path: Path, section: str, key: str, value: Any, classes: dict[str, type]) -> Any:
+    fields = {s: {f.name: f for f in dataclasses.fields(c) if f.init} for s, c in classes.items()}
+    if key not in fields[section]:
+        for other in SECTIONS:
+            if key in fields[other]:
+                raise InputError(f"{path}, section {section}: {key} belongs in section {other}")
+        near = _nearest(key, [k for keys in fields.values() for k in keys])
+        raise InputError(f"{path}, section {section}: unknown key {key}{near}")
+    hint = typing.get_type_hints(classes[section])[key]
+    if not _fits(value, hint):
+        got = f"{type(value).__name__} {value!r}"
+        quote = "; put it in quotes" if _fits("", hint) else ""
+        raise InputError(f"{path}, section {section}: {key} must be {_name(hint)}, got {got}{quote}")
+    if key in INPUT_PATHS and isinstance(value, str):
+        beside = path.parent / value
+        return str(beside) if beside.exists() else value
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value is of a field's type. YAML 1.1 reads 1e-3 as text: a number's text counts as a number."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if hint is Any:
+        return True
+    if value is None:
+        return hint is type(None)
+    if hint is float:
+        return _is_number(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return value in [e.value for e in hint]
+    return isinstance(value, origin or hint)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _name(hint: Any) -> str:
+    args = [a for a in typing.get_args(hint) if a is not type(None)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_name(a) for a in args)
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, args))
+    return getattr(hint, "__name__", str(hint))
+
+
+def write_recipe(path: Path, model: Any, dataset: Any, task: Any) -> None:
+    """Write what was run, so that it can be run again: every setting that is not its default, secrets left out."""
+    content = {}
+    for section, values in zip(SECTIONS, (model, dataset, task), strict=True):
+        chosen = {}
+        for f in dataclasses.fields(values):
+            value = getattr(values, f.name)
+            value = value.value if isinstance(value, enum.Enum) else value
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            default = default.value if isinstance(default, enum.Enum) else default
+            if f.init and f.name not in SECRETS and value != default and _plain(value):
+                chosen[f.name] = value
+        content[section] = chosen
+    path.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding="utf-8")
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def need(value: str | None, key: str, section: str) -> str:
+    """A setting without which nothing runs.
+
+    Raises:
+        InputError: it is missing.
+    """
+    if not value:
+        raise InputError(f"{key} is missing: set it in section {section} of the recipe, or with --{key}")
+    return value
+
+
+def read_hard_prompt(arguments: HardPromptArguments) -> str:
+    """The hard prompt, from exactly one of `hard_prompt` and `hard_prompt_file`.
+
+    Raises:
+        InputError: both or none is given, the file cannot be read, or the prompt is empty.
+    """
+    if (arguments.hard_prompt is None) == (arguments.hard_prompt_file is None):
+        given = "none" if arguments.hard_prompt is None else "both"
+        raise InputError(f"expected one of hard_prompt and hard_prompt_file, got {given}")
+    prompt = arguments.hard_prompt
+    if prompt is None:
+        try:
+            prompt = Path(str(arguments.hard_prompt_file)).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"hard_prompt_file cannot be read: {error}") from error
+    if not prompt.strip():
+        raise InputError("the hard prompt is empty")
+    return prompt

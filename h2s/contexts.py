@@ -1,0 +1,201 @@
+"""Conversations: from a cell or a contexts file to checked messages, and from messages to their part of the split.
+
+A *context* is a conversation that waits for the assistant's reply: alternating user and assistant messages, the last
+one the user's. A *conversation id* is the same for all contexts that begin with the same message, so that turns of one
+conversation never stand on both sides of a split.
+"""
+
+import ast
+import hashlib
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from datasets import Dataset, load_dataset
+
+from h2s.errors import InputError
+
+Part = Literal["train", "validation", "test"]
+Messages = list[dict[str, str]]
+
+# Formats that `datasets.load_dataset` reads. JSON is read here: its rows may mix the forms that a context can have,
+# which an Arrow column cannot.
+ARROW_FORMATS = {".csv": "csv", ".parquet": "parquet"}
+FORMATS = (".xlsx", ".csv", ".json", ".jsonl", ".parquet")
+
+
+def parse_messages(cell: Any) -> Messages:
+    """Read one context.
+
+    Args:
+        cell: a list of `{"role", "content"}` (content a string or a list of `{"type": "text", "text"}` parts), the
+            same as a JSON or Python-literal string, or plain text (one user message). Text that begins with `[` or
+            `{` must parse.
+
+    Returns:
+        Messages with string contents, alternating user and assistant, the last one the user's.
+
+    Raises:
+        InputError: the cell is none of these.
+    """
+    if isinstance(cell, str):
+        text = cell.strip()
+        cell = _parse_literal(text) if text[:1] in ("[", "{") else [{"role": "user", "content": text}]
+    if not isinstance(cell, list) or not cell:
+        raise InputError(f"expected a non-empty list of messages or plain text, got {_short(cell)}")
+    messages = [_message(m) for m in cell]
+    for before, after in pairwise(messages):
+        if before["role"] == after["role"]:
+            raise InputError(f"messages must alternate between user and assistant, got two {after['role']!r} in a row")
+    if messages[-1]["role"] != "user":
+        raise InputError("the last message must be the user's, since the response answers it")
+    return messages
+
+
+def _parse_literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise InputError(f"begins like a list but is neither JSON nor a Python literal: {_short(text)}") from None
+
+
+def _message(message: Any) -> dict[str, str]:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise InputError(f'expected a message {{"role": …, "content": …}}, got {_short(message)}')
+    role, content = message["role"], message["content"]
+    if role not in ("user", "assistant"):
+        raise InputError(f"a message's role must be 'user' or 'assistant', got {_short(role)}")
+    if isinstance(content, list):
+        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+            raise InputError(f'content parts must be {{"type": "text", "text": …}}, got {_short(content)}')
+        content = "".join(p["text"] for p in content)
+    if not isinstance(content, str) or not content.strip():
+        raise InputError(f"a message's content must be non-empty text, got {_short(content)}")
+    return {"role": role, "content": content}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def read_table(path: str, expected: str) -> pd.DataFrame:
+    """Read a table of cells as they are: xlsx by pandas, csv, parquet and Hub data sets by `datasets.load_dataset`.
+
+    Args:
+        path: a file, or the name `owner/name` of a data set on the Hub (its train split).
+        expected: what the caller needs, for the error.
+
+    Raises:
+        InputError: there is no such file, or it is not what its name says.
+    """
+    file = Path(path)
+    suffix = file.suffix.lower()
+    is_hub_name = not file.exists() and suffix not in FORMATS and path.count("/") == 1 and path[0] not in "./~"
+    if not is_hub_name:
+        if not file.exists():
+            raise InputError(f"no such file: {path} (expected {expected})")
+        if file.is_dir() or suffix not in FORMATS:
+            raise InputError(f"{path} is not a {', '.join(FORMATS)} file (expected {expected})")
+    try:
+        if is_hub_name:
+            return load_dataset(path, split="train").to_pandas()
+        if suffix == ".xlsx":
+            return pd.read_excel(file, engine="openpyxl", dtype=object, keep_default_na=False)
+        if suffix == ".json":
+            return pd.DataFrame(_records(json.loads(file.read_text(encoding="utf-8"))), dtype=object)
+        if suffix == ".jsonl":
+            lines = file.read_text(encoding="utf-8").splitlines()
+            return pd.DataFrame(_records([json.loads(line) for line in lines if line.strip()]), dtype=object)
+        kwargs = {"keep_default_na": False} if suffix == ".csv" else {}
+        return load_dataset(ARROW_FORMATS[suffix], data_files=str(file), split="train", **kwargs).to_pandas()
+    except Exception as error:  # whatever the reader raises, the user's file is what it could not read
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{path} cannot be read as {suffix or 'a Hub data set'} ({expected}): {lines[0]}") from error
+
+
+def _records(items: Any) -> list[dict]:
+    if not isinstance(items, list) or not all(isinstance(i, dict) for i in items):
+        raise ValueError("it is not a list of objects")
+    return items
+
+
+def load_contexts(path: str) -> Dataset:
+    """Read the policy's contexts: JSON (csv, jsonl, parquet, Hub) items with a `context`.
+
+    Returns:
+        A data set with columns `prompt` (messages), `conversation` (id) and `row` (1 is the first item).
+
+    Raises:
+        InputError: the file or a row of it cannot be used; the row is named.
+    """
+    table = read_table(path, "a JSON list of items with a 'context'")
+    if "context" not in table.columns:
+        raise InputError(f"{path}: no column 'context'; found {', '.join(map(str, table.columns)) or 'none'}")
+    rows = []
+    for number, cell in enumerate(table["context"], start=1):
+        try:
+            messages = parse_messages(plain(cell))
+        except InputError as error:
+            raise InputError(f"{path}, row {number}, context: {error}") from None
+        rows.append({"prompt": messages, "conversation": conversation_id(messages), "row": number})
+    if not rows:
+        raise InputError(f"{path}: no contexts in it")
+    return Dataset.from_list(rows)
+
+
+def plain(cell: Any) -> Any:
+    """A cell as plain Python: Arrow hands lists over as numpy arrays, nested ones too."""
+    if hasattr(cell, "tolist"):
+        cell = cell.tolist()
+    if isinstance(cell, list):
+        return [plain(c) for c in cell]
+    if isinstance(cell, dict):
+        return {k: plain(v) for k, v in cell.items()}
+    return cell
+
+
+def conversation_id(messages: Messages) -> str:
+    """A short id of the conversation that `messages` belong to: a hash of its first message."""
+    first = messages[0]
+    return hashlib.sha256(f"{first['role']}\n{first['content'].strip()}".encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def part_of(conversation: str, split_seed: int, test_size: float) -> Part:
+    """The part a conversation belongs to, by hash(conversation, split_seed) alone.
+
+    A share `test_size` of all conversations is reported on, a further half of that selects (the best step, the best
+    epoch), the rest trains. Both stages ask here, so they hold out the same conversations of one file.
+    """
+    digest = hashlib.sha256(f"{split_seed}:{conversation}".encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    if share < test_size:
+        return "test"
+    return "validation" if share < 1.5 * test_size else "train"
+
+
+def split_by_conversation(dataset: Dataset, split_seed: int, test_size: float) -> dict[Part, Dataset]:
+    """Split rows that carry a `conversation` id into train, validation and test.
+
+    Raises:
+        InputError: a part would be empty.
+    """
+    if not 0 < test_size < 0.6 or math.isnan(test_size):
+        raise InputError(f"test_size must lie between 0 and 0.6 (half as much again selects), got {test_size}")
+    where = [part_of(c, split_seed, test_size) for c in dataset["conversation"]]
+    parts: dict[Part, Dataset] = {}
+    for part in ("train", "validation", "test"):
+        parts[part] = dataset.select([i for i, p in enumerate(where) if p == part])
+        if not len(parts[part]):
+            raise InputError(
+                f"the {part} part is empty: {len(set(dataset['conversation']))} conversations are too few for "
+                f"test_size {test_size} with split_seed {split_seed}; add conversations or change one of the two"
+            )
+    return parts

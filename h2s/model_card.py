@@ -1,0 +1,89 @@
+"""What a pushed adapter says of itself, and the push."""
+
+from pathlib import Path
+
+import datasets
+import peft
+import torch
+import transformers
+import trl
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+# All that an adapter consists of; nothing else of a run's folder leaves the machine. The card goes last: a repository
+# that has one is complete.
+UPLOADED = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "chat_template.jinja",
+    "h2s.json",
+)
+
+POLICY_USE = """```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, pipeline
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
+chat([{{"role": "user", "content": "…"}}])
+```"""
+
+REWARD_USE = """```python
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("{name}", num_labels=1)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model(**tokenizer("the context", "the response", return_tensors="pt")).logits
+```"""
+
+
+def write_card(folder: Path, title: str, base_model: str, body: str, reward: bool = False) -> None:
+    """Write `README.md`: what the adapter is, how it was made and measured, and how plain PEFT loads it.
+
+    Args:
+        folder: the run's folder.
+        title: one line.
+        base_model: Hub name of the base, or the folder it was loaded from (only its last part is told).
+        body: what was measured, Markdown.
+        reward: whether it is a reward adapter.
+    """
+    local = Path(base_model).is_dir()
+    data = ModelCardData(
+        base_model=None if local else base_model,
+        library_name="peft",
+        pipeline_tag="text-classification" if reward else "text-generation",
+        tags=["h2s", "prefix-tuning", "reward-model" if reward else "ppo"],
+    )
+    use = (REWARD_USE if reward else POLICY_USE).format(name=folder.name)
+    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft, trl, datasets))
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\nBase model: {Path(base_model).name if local else base_model}\n\n"
+        f"{body}\n\n## Use\n\nPlain PEFT loads it:\n\n{use}\n\n## Versions\n\n{versions}\n"
+    )
+    ModelCard(text).save(folder / "README.md")
+
+
+def push(
+    folder: Path, hub_model_id: str | None, private: bool | None, token: str | None, revision: str | None = None
+) -> str:
+    """Upload the adapter by allow-list, its card last.
+
+    Returns:
+        The repository's URL.
+    """
+    api = HfApi(token=token)
+    url = api.create_repo(hub_model_id or folder.name, private=private, exist_ok=True)
+    for patterns in (list(UPLOADED), ["README.md"]):
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            allow_patterns=patterns,
+            revision=revision,
+            commit_message="Adapter" if len(patterns) > 1 else "Card",
+        )
+    return str(url)

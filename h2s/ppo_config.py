@@ -1,0 +1,105 @@
+"""The settings of stage 2."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from h2s.errors import InputError
+
+
+@dataclass
+class SingleStepPPOConfig(TrainingArguments):
+    """Settings of [`SingleStepPPOTrainer`]: transformers' `TrainingArguments` and what PPO adds.
+
+    One step is one PPO iteration: sample, score, update. `per_device_train_batch_size` is the number of contexts in an
+    iteration on one device; `max_steps`, `logging_steps`, `eval_steps` and `save_steps` count iterations.
+
+    Defaults that differ from transformers': `output_dir` outputs, `per_device_train_batch_size` 16,
+    `per_device_eval_batch_size` 16, `learning_rate` 1e-3, `adam_epsilon` 1e-5, `lr_scheduler_type` constant,
+    `weight_decay` 0 (decay pulls the prefix to zero keys, not to the hard prompt), `report_to` tensorboard,
+    `eval_strategy` steps, `eval_steps`, `save_steps` 10, `save_total_limit` 2, `logging_steps` 1,
+    `logging_nan_inf_filter` False, `metric_for_best_model` reward_difference, `dataloader_drop_last` True,
+    `remove_unused_columns` False, `ddp_find_unused_parameters` False, `use_cpu` where there is no CUDA. Refused:
+    gradient checkpointing (it loses the prefix), fp16 (Gemma overflows), gradient accumulation (see
+    `num_mini_batches`).
+    """
+
+    output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Contexts an iteration on one device."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Contexts a batch when evaluating."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the prefix."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule; see also one_cycle_pct_start."})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where metrics go."})
+    logging_steps: float = field(default=1, metadata={"help": "Iterations between two log lines."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When soft is compared with hard."})
+    eval_steps: float | None = field(default=10, metadata={"help": "Iterations between two evaluations."})
+    save_steps: float = field(default=10, metadata={"help": "Iterations between two checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    metric_for_best_model: str | None = field(
+        default="reward_difference", metadata={"help": "What selects the best adapter."}
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Iterations of equal size."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the contexts' columns."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "None is unused."})
+
+    # Parameters that control the rollout
+    max_completion_length: int = field(default=64, metadata={"help": "Most tokens of a completion."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of scoring alike."})
+
+    # Parameters that control the updates of an iteration
+    num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over a rollout batch."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Updates a pass; they also bound the memory."})
+    cliprange: float = field(default=0.2, metadata={"help": "Clip range of a response's ratio."})
+    ratio_norm: str = field(
+        default="none",
+        metadata={"help": "The ratio of the whole response, or its mean a token.", "choices": ["none", "mean"]},
+    )
+    vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
+    value_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the value head."})
+    value_warmup_batches: int = field(
+        default=1, metadata={"help": "Rollout batches that fit the value head before the prefix moves."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, a token."})
+    target_kl: float | None = field(
+        default=0.1, metadata={"help": "An iteration's updates end when the approximate KL a token passes this."}
+    )
+    one_cycle_pct_start: float | None = field(
+        default=None,
+        metadata={"help": "Use torch's OneCycleLR with this share of the iterations rising (the prototype: 0.2)."},
+    )
+
+    # Parameters that control the reward
+    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the hard prompt, in nats a response."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over the global batch."})
+    missing_eos_penalty: float = field(default=1.0, metadata={"help": "Taken from a reply that does not end."})
+    reward_clip: float | None = field(default=None, metadata={"help": "Scores are clamped to plus and minus this."})
+
+    def __post_init__(self):
+        if self.gradient_checkpointing or self.activation_checkpointing:
+            raise InputError("gradient_checkpointing does not work with a prefix: leave it off, raise num_mini_batches")
+        if self.fp16:
+            raise InputError("fp16 is not supported (Gemma overflows in it): use dtype bfloat16 in the model section")
+        if self.gradient_accumulation_steps != 1:
+            raise InputError("gradient_accumulation_steps must be 1: num_mini_batches bounds the memory")
+        _require(self.ratio_norm in ("none", "mean"), "ratio_norm", "none or mean", self.ratio_norm)
+        _require(self.temperature > 0, "temperature", "above 0", self.temperature)
+        _require(0 < self.cliprange < 1, "cliprange", "between 0 and 1", self.cliprange)
+        for name in ("max_completion_length", "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        if self.num_mini_batches > self.per_device_train_batch_size:
+            raise InputError(
+                f"num_mini_batches is {self.num_mini_batches}, more than the {self.per_device_train_batch_size} "
+                "contexts of an iteration (per_device_train_batch_size)"
+            )
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        super().__post_init__()
+
+
+def _require(holds: bool, name: str, expected: str, value: object) -> None:
+    if not holds:
+        raise InputError(f"{name} must be {expected}, got {value}")

@@ -1,0 +1,384 @@
+"""Stage 2: single-step PPO on a soft prefix, as a transformers Trainer.
+
+One Trainer step is one PPO iteration. A textbook's PPO (Schulman et al. 2017) has an action a token and a critic at
+each; here the whole response is one action with one reward, one value (of the context) and one advantage, and only the
+prefix and the value head move. The updates of an iteration are made inside `training_step`, which then leaves no
+gradient behind: the loop's own `optimizer.step()` moves nothing, and its schedule advances once an iteration. So a
+checkpoint always lies between iterations.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+from trl.models import unwrap_model_for_generation
+
+from h2s.chat_prefix import ChatPrefix
+from h2s.errors import InputError
+from h2s.evaluation import RewardFunction, add_scores, answer_both, summarise
+from h2s.ppo_config import SingleStepPPOConfig
+from h2s.ppo_loss import (
+    approx_kl_per_token,
+    explained_variance,
+    k3_per_token,
+    kl_to_reference,
+    masked_mean,
+    policy_loss,
+    value_loss,
+    whiten,
+)
+from h2s.prefix import load_weights, save_adapter, soft_prefix
+from h2s.rollout import Batch, Sampling, completion_logps, decode, generate, stop_token_ids
+from h2s.value_head import PolicyWithValueHead
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+VALUE_WARMUP_UPDATES = 20
+# How far the first pass's ratio may lie from 1: float32 sums differ by 1e-5, bf16 ones by more.
+RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one iteration learns from; B responses on this process.
+
+    Attributes:
+        batch: the right-padded rows.
+        old_logps: log-probabilities when sampled, (B, T).
+        returns: score minus KL and penalties, (B,).
+        advantages: whitened returns minus values, (B,).
+        mean_length: completion tokens on average over all processes.
+    """
+
+    batch: Batch
+    old_logps: torch.Tensor
+    returns: torch.Tensor
+    advantages: torch.Tensor
+    mean_length: float
+
+
+class SingleStepPPOTrainer(Trainer):
+    """Moves a soft prefix toward what a reward prefers, starting from its hard prompt.
+
+    Args:
+        model: the policy, with the hard prompt as its second, frozen prefix.
+        args: the settings.
+        train_dataset: contexts with columns `prompt` (messages) and `prompt_ids` (what is fed after the prefix).
+        eval_dataset: held-out contexts, the same columns and `conversation`; they select the best adapter.
+        processing_class: the adapter's tokenizer, with the wrapped chat template.
+        prefix: what the adapter's `h2s.json` says.
+        reward: TRL's reward-function signature, (prompts, completions) -> one number each.
+        callbacks: further Trainer callbacks.
+
+    The best adapter so far lies at the root of `args.output_dir` at any time. The starting prefix is never a candidate.
+    """
+
+    def __init__(
+        self,
+        model: PolicyWithValueHead,
+        args: SingleStepPPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase,
+        prefix: ChatPrefix,
+        reward: RewardFunction,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        contexts = args.per_device_train_batch_size * args.world_size
+        if len(train_dataset) < contexts:
+            raise InputError(
+                f"{len(train_dataset)} contexts train, fewer than the {contexts} of one iteration: lower "
+                "per_device_train_batch_size or add contexts"
+            )
+        self.policy = model
+        self.prefix = prefix
+        self.reward = reward
+        self.sampling = Sampling(args.max_completion_length, args.temperature)
+        self.stop_ids = stop_token_ids(model.model, processing_class)
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_columns,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), EvaluateLastStep()],
+        )
+
+    # ---- what is trained ----
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with two groups: the prefix and the value head, each with its own learning rate."""
+        args = self.args
+        self.optimizer = AdamW(
+            [
+                {"params": [soft_prefix(self.policy.model)], "lr": args.learning_rate},
+                {"params": list(self.policy.value_head.parameters()), "lr": args.value_learning_rate},
+            ],
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Trainer's schedules, or the one-cycle schedule over the iterations (Smith and Topin, arXiv 1708.07120)."""
+        if self.args.one_cycle_pct_start is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = OneCycleLR(
+            self.optimizer.optimizer,  # Accelerate's wrapper is no torch optimizer
+            max_lr=[self.args.learning_rate, self.args.value_learning_rate],
+            total_steps=num_training_steps + 1,
+            pct_start=self.args.one_cycle_pct_start,
+            cycle_momentum=False,
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- one iteration ----
+
+    def training_step(self, model, inputs: dict[str, list], num_items_in_batch=None) -> torch.Tensor:
+        """One PPO iteration on the contexts of `inputs`; returns its mean loss, with no gradient left behind."""
+        model.eval()  # no dropout: the first pass must score what was sampled
+        if self.state.global_step == 0:
+            # Ranks hold different contexts: they shall not draw the same random numbers for them.
+            set_seed(self.args.seed, device_specific=True)
+            self._warm_up_value_head()
+        return self._update(model, self._roll_out(inputs))
+
+    def _sample(self, prompts: list[list[int]]) -> list[list[int]]:
+        """1. Sample a completion a prompt."""
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as policy:
+            return generate(policy.model, prompts, self.sampling, self.stop_ids, self.processing_class.pad_token_id)
+
+    def _roll_out(self, inputs: dict[str, list], record: bool = True) -> Rollout:
+        args, device = self.args, self.accelerator.device
+        completions = self._sample(inputs["prompt_ids"])
+        batch = Batch.from_rows(inputs["prompt_ids"], completions, self.processing_class.pad_token_id, device)
+        mask = batch.completion_mask  # (B, T)
+
+        # 2. Score the texts.
+        texts = [decode(self.processing_class, c, self.stop_ids) for c in completions]
+        scores = torch.tensor(list(self.reward(inputs["prompt"], texts)), dtype=torch.float32, device=device)  # (B,)
+        if not scores.isfinite().all():
+            raise RuntimeError(f"the reward of a completion is not finite: {scores.tolist()}")
+        clipped = scores if args.reward_clip is None else scores.clamp(-args.reward_clip, args.reward_clip)
+        unfinished = torch.tensor([c[-1] not in self.stop_ids for c in completions], device=device)
+
+        # 3. Log-probabilities under the policy and under the hard prompt, values of the contexts.
+        old_logps, entropy = torch.zeros_like(mask, dtype=torch.float32), torch.zeros_like(mask, dtype=torch.float32)
+        ref_logps, values = torch.zeros_like(old_logps), torch.zeros_like(scores)
+        with torch.no_grad():
+            for index in torch.arange(len(texts), device=device).chunk(args.num_mini_batches):
+                part = batch.rows(index)
+                width = part.input_ids.shape[1]
+                logps, part_entropy, values[index] = self.policy(
+                    part.input_ids, part.attention_mask, part.completion_mask
+                )
+                old_logps[index, :width], entropy[index, :width] = logps, part_entropy
+                ref_logps[index, :width] = self.policy.reference_logps(part)
+
+        # 4. The reward that is optimised, and one advantage a response.
+        kl = kl_to_reference(old_logps, ref_logps, mask)  # (B,)
+        returns = clipped - args.kl_coef * kl - args.missing_eos_penalty * unfinished
+        advantages = returns - values
+        if args.whiten_advantages:
+            advantages = whiten(advantages, self.accelerator.gather(advantages))
+        lengths = mask.sum(1).float()
+        mean_length = self.accelerator.gather(lengths).mean().item()
+
+        if record:
+            self._record("objective/scores", scores)
+            self._record("objective/kl", kl)
+            self._record("objective/kl_k3_per_token", k3_per_token(old_logps, ref_logps, mask))
+            self._record("objective/returns", returns)
+            self._record("policy/entropy", masked_mean(entropy, mask))
+            self._record("completions/mean_length", lengths)
+            self._record("completions/clipped_ratio", unfinished.float())
+            everyone = self.accelerator.gather(torch.stack([values, returns]).T.contiguous())
+            self._metrics["val/explained_variance"].append(explained_variance(everyone[:, 0], everyone[:, 1]))
+            self._write_completions(inputs["prompt"], texts, scores, kl, advantages)
+        return Rollout(batch, old_logps, returns, advantages, mean_length)
+
+    def _update(self, model, rollout: Rollout) -> torch.Tensor:
+        """5. Several epochs of clipped updates on the rollout batch."""
+        losses = []
+        for index, first_pass in self._mini_batches(len(rollout.returns)):
+            part = rollout.batch.rows(index)
+            mask = part.completion_mask
+            old_logps = rollout.old_logps[index, : mask.shape[1]]
+            logps, entropy, values = model(part.input_ids, part.attention_mask, mask)
+            approx_kl = self.accelerator.reduce(
+                approx_kl_per_token(logps, old_logps, mask).mean().detach(), reduction="mean"
+            ).item()
+            self._metrics["policy/approxkl"].append(approx_kl)
+            # The same number on every rank, so all leave together.
+            if self.args.target_kl is not None and approx_kl > self.args.target_kl:
+                self._metrics["policy/early_stop"].append(1.0)
+                break
+            pg_loss, ratio, clipped = policy_loss(
+                logps,
+                old_logps,
+                mask,
+                rollout.advantages[index],
+                self.args.cliprange,
+                self.args.ratio_norm,
+                rollout.mean_length,
+            )
+            vf_loss = value_loss(values, rollout.returns[index])
+            loss = pg_loss + self.args.vf_coef * vf_loss - self.args.entropy_coef * masked_mean(entropy, mask).mean()
+            if not loss.isfinite():
+                raise RuntimeError(f"the loss is {loss.item()}: policy {pg_loss.item()}, value {vf_loss.item()}")
+            norm = self._apply(loss)
+            if first_pass:
+                self._check_first_pass(ratio, norm)
+            self._record("policy/clipfrac", clipped.float())
+            self._record("loss/policy", pg_loss.detach())
+            self._record("loss/value", vf_loss.detach())
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    def _mini_batches(self, rows: int) -> Iterator[tuple[torch.Tensor, bool]]:
+        """Row indices of each update, and whether no update of this iteration came before it."""
+        first = True
+        for _ in range(self.args.num_ppo_epochs):
+            order = torch.randperm(rows).to(self.accelerator.device)
+            for index in order.chunk(self.args.num_mini_batches):
+                yield index, first
+                first = False
+
+    def _apply(self, loss: torch.Tensor) -> float:
+        """Backward, clip each group by itself, step, leave no gradient (Adam skips what has none); the prefix's norm."""
+        self.accelerator.backward(loss)
+        prefix_group, value_group = self.optimizer.param_groups
+        norm = float(self.accelerator.clip_grad_norm_(prefix_group["params"], self.args.max_grad_norm))
+        self._metrics["policy/grad_norm"].append(norm)
+        self.accelerator.clip_grad_norm_(value_group["params"], self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _warm_up_value_head(self) -> None:
+        """Fit the value head to a few rollout batches before the prefix moves; it costs no step of the prefix.
+
+        The head alone is run, on what all ranks gathered: they stay equal without DDP.
+        """
+        args = self.args
+        contexts = args.per_device_train_batch_size * args.world_size
+        generator = torch.Generator().manual_seed(args.seed)  # the same on every rank, each takes its share
+        for _ in range(args.value_warmup_batches):
+            chosen = torch.randperm(len(self.train_dataset), generator=generator)[:contexts].tolist()
+            rollout = self._roll_out(self.train_dataset[chosen[args.process_index :: args.world_size]], record=False)
+            with torch.no_grad():
+                parts = torch.arange(len(rollout.returns)).chunk(args.num_mini_batches)
+                hidden = torch.cat([completion_logps(self.policy.model, rollout.batch.rows(i))[2] for i in parts])
+            hidden, returns = self.accelerator.gather(hidden), self.accelerator.gather(rollout.returns)
+            for _ in range(VALUE_WARMUP_UPDATES):
+                value_loss(self.policy.value_head(hidden), returns).backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+
+    def _check_first_pass(self, ratio: torch.Tensor, norm: float) -> None:
+        if self.state.global_step == 0 and norm == 0:
+            raise RuntimeError("the prefix has no gradient at the first update")
+        self._record("val/ratio", ratio)
+        error = (ratio - 1).abs().max().item()
+        tolerance = RATIO_TOLERANCE.get(self.policy.model.get_base_model().dtype, 0.2)
+        if error > tolerance:
+            print(f"warning: the first pass's ratio is {error:.3g} away from 1, more than {tolerance}", flush=True)
+
+    # ---- soft against hard ----
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Compare soft with hard on held-out contexts; keep the adapter if it is the best so far."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rank, world = self.args.process_index, self.args.world_size
+        mine = rows.select(range(rank, len(rows), world)) if world > 1 else rows
+        table = answer_both(
+            self.policy.model,
+            self.processing_class,
+            mine,
+            self.sampling,
+            self.args.per_device_eval_batch_size,
+            self.args.seed + rank,
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+        add_scores(table, "reward", self.reward)
+        if world > 1:
+            table = pd.DataFrame.from_records(gather_object(table.to_dict("records")))
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in summarise(table).items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.is_in_train and self.state.global_step > 0 and self._is_best(metrics):
+            self._save(self.args.output_dir)
+        return metrics
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        value = metrics["eval_" + self.args.metric_for_best_model.removeprefix("eval_")]
+        best = self.state.best_metric
+        return best is None or (value > best if self.args.greater_is_better else value < best)
+
+    # ---- logs and files ----
+
+    def _record(self, name: str, values: torch.Tensor) -> None:
+        self._metrics[name].append(self.accelerator.gather(values.float()).mean().item())
+
+    def _write_completions(self, prompts, texts, scores, kl, advantages) -> None:
+        columns = zip(prompts, texts, scores.tolist(), kl.tolist(), advantages.tolist(), strict=True)
+        names = ("prompt", "completion", "score", "kl", "advantage")
+        records = gather_object([dict(zip(names, c, strict=True)) for c in columns])
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir) / "completions"
+            folder.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame.from_records(records).to_parquet(folder / f"step-{self.state.global_step + 1:06d}.parquet")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of what the iterations recorded since the last line."""
+        if "loss" in logs:
+            logs.pop("grad_norm", None)  # of the loop's own step, which has no gradient; ours is policy/grad_norm
+            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter, its tokenizer, `h2s.json`, the value head. (Trainer's own would also pickle the arguments.)"""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter(self.policy.model, self.processing_class, self.prefix, folder)
+        save_file(self.policy.value_head.state_dict(), folder / VALUE_HEAD_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """The counterpart of `_save`."""
+        load_weights(self.policy.model, resume_from_checkpoint)
+        self.policy.value_head.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_HEAD_FILE))
+
+    def _load_best_model(self) -> None:
+        """The best adapter lies at the run's root."""
+        self._load_from_checkpoint(self.args.output_dir)
+
+
+class EvaluateLastStep(TrainerCallback):
+    """The last iteration is always evaluated; without evaluations the last adapter is the one that is kept."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for an evaluation after the last step."""
+        if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.NO:
+            control.should_evaluate = True
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+    """Contexts have nothing to pad before they are answered: a batch is its columns."""
+    return {name: [row[name] for row in rows] for name in ("prompt", "prompt_ids")}

@@ -1,0 +1,235 @@
+"""The soft prefix: from a hard prompt's KV cache to a PEFT PrefixTuning adapter, saved, and loaded again.
+
+Prefix tuning (Li and Liang 2021, arXiv 2101.00190) trains keys and values in front of every layer. Copying the hard
+prompt's own keys and values there makes the start of training exactly the hard prompt.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    PrefixTuningConfig,
+    TaskType,
+    get_peft_model,
+    initialize_kv_prefix_from_past_key_values,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from h2s import embedded
+from h2s.chat_prefix import ChatPrefix, save_tokenizer
+from h2s.errors import InputError
+
+SOFT, HARD = "default", "hard_prompt"
+
+
+def model_source(name: str) -> str:
+    """Where transformers finds a model: an absolute folder for local and embedded models, else the Hub name.
+
+    Raises:
+        InputError: the name is a path to something that is not a model folder.
+    """
+    name = embedded.resolve(name)
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{name} is not a model folder: expected a config.json in it")
+        return str(folder.resolve())
+    if folder.exists() or name.count("/") > 1 or name[:1] in "./~":
+        raise InputError(f"{name} is not a model folder: expected a folder with a config.json, or a name on the Hub")
+    return name
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or an adapter folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no tokenizer can be loaded from {source}: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer of {source} has neither a pad nor an eos token to pad with")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(source: str, revision: str | None = None) -> PretrainedConfig:
+    """The model's configuration alone: what can be checked before weights load.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no model configuration can be loaded from {source}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere (a CPU without native bfloat16 is hundreds of times slower)."""
+    if dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, dtype)
+
+
+def load_base_model(
+    source: str, revision: str | None = None, dtype: str = "auto", attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The frozen chat model.
+
+    Raises:
+        InputError: it cannot be loaded as a causal language model.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=resolve_dtype(dtype), attn_implementation=attn_implementation
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no causal language model can be loaded from {source}: {_first_line(error)}") from error
+    return model.requires_grad_(False).eval()
+
+
+def room_for_text(config: PretrainedConfig, num_virtual_tokens: int) -> int:
+    """How many tokens of prompt and completion together the model takes beside the prefix."""
+    return config.get_text_config().max_position_embeddings - num_virtual_tokens
+
+
+def prefix_from_hard_prompt(
+    base: PreTrainedModel, token_ids: list[int], revision: str | None = None
+) -> tuple[PeftModel, torch.Tensor]:
+    """Wrap `base` with a trainable prefix equal to the given tokens.
+
+    Args:
+        base: the frozen model.
+        token_ids: the P tokens that the prefix stands for.
+        revision: the base model's revision, written into the adapter's configuration.
+
+    Returns:
+        The PEFT model, its prefix float32 whatever the base's dtype, and the prefix, shape (P, 2 * layers * kv_dim).
+    """
+    config = PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(token_ids), prefix_projection=False, revision=revision
+    )
+    cache = prefill(base, token_ids)
+    model = get_peft_model(base, config)
+    embeddings = initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+    return model, embeddings.float().cpu()
+
+
+@torch.no_grad()
+def prefill(base: PreTrainedModel, token_ids: list[int]) -> DynamicCache:
+    """The KV cache of some tokens, every layer keeping all of them.
+
+    A cache made from the model's configuration would drop what lies beyond the sliding window, and a prompt longer
+    than it could not be read back; `get_prompt` cuts the sliding layers itself when the prefix is used.
+    """
+    ids = torch.tensor([token_ids], device=base.device)
+    cache = DynamicCache()
+    base(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def add_hard_prompt(model: PeftModel, token_ids: list[int]) -> None:
+    """Add the hard prompt as a second, frozen prefix: the reference policy costs no second model."""
+    cache = prefill(model.get_base_model(), token_ids)
+    soft = model.peft_config[SOFT]
+    config = PrefixTuningConfig(task_type=soft.task_type, num_virtual_tokens=len(token_ids), prefix_projection=False)
+    model.add_adapter(HARD, config)
+    initialize_kv_prefix_from_past_key_values(model, adapter_name=HARD, past_key_values=cache)
+    model.prompt_encoder[HARD].requires_grad_(False)
+    model.set_adapter(SOFT)
+
+
+@contextmanager
+def hard_prompt_active(model: PeftModel):
+    """Inside, the model answers as the hard prompt. (`disable_adapter` leaves state behind on prefix models.)"""
+    model.set_adapter(HARD)
+    try:
+        yield model
+    finally:
+        model.set_adapter(SOFT)
+
+
+def soft_prefix(model: PeftModel) -> torch.nn.Parameter:
+    """The one trained parameter of a prefix model, shape (P, 2 * layers * kv_dim)."""
+    return model.prompt_encoder[SOFT].embedding.weight
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix, folder: str | Path) -> None:
+    """Save what plain PEFT loads: the soft prefix (never the frozen hard prompt), the tokenizer, `h2s.json`."""
+    model.save_pretrained(folder, selected_adapters=[SOFT])
+    save_tokenizer(tokenizer, folder, model.get_base_model().get_input_embeddings().weight.shape[0])
+    prefix.save(folder)
+
+
+def adapter_folder(name: str) -> str:
+    """A local folder with the adapter: the one named, or the Hub repository's, downloaded.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    if name.count("/") != 1 or name[:1] in "./~":
+        raise InputError(f"no such adapter folder: {name}")
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(f"{name} is no folder, and the Hub gives no such adapter: {_first_line(error)}") from error
+
+
+def read_adapter_config(folder: str | Path, task_type: TaskType) -> PeftConfig:
+    """The configuration of a prefix adapter, checked before any model loads.
+
+    Raises:
+        InputError: the folder holds no prefix adapter of this task, with weights in safetensors.
+    """
+    kind = "reward" if task_type == TaskType.SEQ_CLS else "policy"
+    expected = f"{folder} is not a {kind} adapter made by h2s"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise InputError(f"{expected}: there is no {name} in it")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{expected}: {_first_line(error)}") from error
+    if config.peft_type != PeftType.PREFIX_TUNING or config.task_type != task_type:
+        raise InputError(f"{expected}: it is a {config.peft_type} adapter for {config.task_type}")
+    return config
+
+
+def load_weights(model: PeftModel, folder: str | Path) -> None:
+    """Load an adapter's weights into the model's soft prefix, which stays trainable.
+
+    `PeftModel.from_pretrained(is_trainable=True)` is refused for prompt learning; this is the way to go on training.
+
+    Raises:
+        InputError: the weights are of another shape, or the file is damaged.
+    """
+    try:
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=SOFT)
+    except Exception as error:  # safetensors, a missing key or a shape: the adapter is what does not fit
+        raise InputError(f"the adapter in {folder} does not fit this model: {_first_line(error)}") from error

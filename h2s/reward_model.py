@@ -1,0 +1,252 @@
+"""Stage 1: a BERT cross-encoder with a soft prefix that scores (context, response) pairs.
+
+Trained by TRL's `RewardTrainer` with the pairwise logistic loss of Bradley and Terry on better minus worse. Input:
+`[CLS] context [SEP] response [SEP]`, the context its messages' contents joined by newlines.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForSequenceClassification, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    BatchEncoding,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from trl import RewardConfig
+
+from h2s.chat_prefix import H2S_FILE
+from h2s.contexts import Messages
+from h2s.errors import InputError
+from h2s.prefix import adapter_folder, load_config, load_tokenizer, read_adapter_config, soft_prefix
+
+SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP]
+
+
+@dataclass
+class RewardModelConfig(RewardConfig):
+    """TRL's `RewardConfig` with defaults for a prefix.
+
+    Differing from TRL's: `learning_rate` 5e-3 (a prefix; 1e-4 is for LoRA), `num_train_epochs` 5,
+    `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `eval_strategy` and `save_strategy` epoch,
+    `metric_for_best_model` accuracy, `save_total_limit` 1, `report_to` tensorboard, `logging_nan_inf_filter` False,
+    `gradient_checkpointing` refused (a prefix on BERT silently loses its gradient under it), `bf16` only on CUDA,
+    `use_cpu` where there is no CUDA, `remove_unused_columns` False (the collator needs the token types), `max_length`
+    None (it would drop long rows; they are cut before).
+    """
+
+    output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
+    learning_rate: float = field(default=5e-3, metadata={"help": "Peak learning rate of prefix and head."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the judgements."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs a step on one device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pairs a batch when evaluating."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When the validation part is scored."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept (the best one always)."})
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What selects the best epoch."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where metrics go."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Refused: it loses the prefix's gradient."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "TRL drops longer rows; see max_tokens instead."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the token types."})
+
+    def __post_init__(self):
+        if self.gradient_checkpointing or self.activation_checkpointing:
+            raise InputError("gradient_checkpointing with a prefix silently trains the head alone: leave it off")
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+
+
+def context_text(messages: Messages) -> str:
+    """A context as the reward model reads it."""
+    return "\n".join(m["content"] for m in messages)
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, context: str, response: str, max_tokens: int, cuts: Counter | None = None
+) -> dict[str, list[int]]:
+    """`[CLS] context [SEP] response [SEP]` in at most `max_tokens` tokens.
+
+    When too long the context is cut from its beginning, and only then the response from its end; `cuts` counts both
+    under "context" and "response". Special tokens spelled out in a text stay text.
+
+    Returns:
+        `input_ids` and `token_type_ids` (0 up to the first [SEP], 1 after it), each a list of the same length.
+    """
+    head = tokenizer(context, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    tail = tokenizer(response, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    room = max_tokens - SPECIAL_TOKENS
+    if cuts is not None:
+        cuts["context"] += bool(head) and len(head) + len(tail) > room
+        cuts["response"] += len(tail) > room
+    tail = tail[:room]
+    head = head[max(0, len(head) - (room - len(tail))) :]
+    first = [tokenizer.cls_token_id, *head, tokenizer.sep_token_id]
+    second = [*tail, tokenizer.sep_token_id]
+    return {"input_ids": first + second, "token_type_ids": [0] * len(first) + [1] * len(second)}
+
+
+def max_text_tokens(config: PretrainedConfig, num_virtual_tokens: int, max_tokens: int | None) -> int:
+    """How many text tokens fit beside the prefix; `max_tokens` if given.
+
+    Raises:
+        InputError: `max_tokens` is more than fits, or too few to hold any text.
+    """
+    room = config.max_position_embeddings - num_virtual_tokens
+    limit = room if max_tokens is None else max_tokens
+    if not SPECIAL_TOKENS + 2 <= limit <= room:
+        raise InputError(
+            f"max_tokens must lie between {SPECIAL_TOKENS + 2} and {room} ({config.max_position_embeddings} positions "
+            f"minus {num_virtual_tokens} virtual tokens), got {limit}"
+        )
+    return limit
+
+
+def check_encoder(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """A reward model is a BERT: absolute positions, [CLS] and [SEP].
+
+    Raises:
+        InputError: it is something else.
+    """
+    if config.model_type != "bert" or tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise InputError(f"{source} is a {config.model_type} model: the reward model must be a BERT")
+
+
+def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
+    """A BERT with a scalar head and a random trainable prefix; only prefix and head are trained.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+    try:
+        base = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no sequence classification model can be loaded from {source}: {error}") from error
+    config = PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=num_virtual_tokens)
+    return get_peft_model(base, config)
+
+
+def tokenize_preferences(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int, cuts: Counter
+) -> Dataset:
+    """`chosen_ids`, `rejected_ids` and their `…_type_ids`: the columns that `RewardTrainer` and the collator use."""
+
+    rows = []
+    for row in dataset:
+        text = context_text(row["prompt"])
+        encoded = {}
+        for side in ("chosen", "rejected"):
+            pair = encode_pair(tokenizer, text, row[side], max_tokens, cuts)
+            encoded |= {f"{side}_ids": pair["input_ids"], f"{side}_type_ids": pair["token_type_ids"]}
+        rows.append(encoded)
+    return Dataset.from_list(rows)
+
+
+@dataclass
+class PreferenceCollator:
+    """Pads pairs: the chosen rows first, then the rejected ones, as `RewardTrainer` expects them."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchEncoding:
+        """2 N padded rows from N pairs."""
+        features = [
+            {"input_ids": r[f"{side}_ids"], "token_type_ids": r[f"{side}_type_ids"]}
+            for side in ("chosen", "rejected")
+            for r in rows
+        ]
+        return self.tokenizer.pad(features, return_tensors="pt")
+
+
+class PrefixGradientCheck(TrainerCallback):
+    """Stops a run whose prefix gets no gradient at the first step, which otherwise nobody would notice."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Look at the gradient before the first step."""
+        if state.global_step == 0:
+            gradient = soft_prefix(model).grad
+            if gradient is None or not gradient.abs().sum() > 0:
+                raise RuntimeError("the prefix has no gradient at the first step: only the head would be trained")
+
+
+class RewardModel:
+    """A trained reward model: score(context, response) -> one number, many pairs at once.
+
+    Calling it follows TRL's reward-function signature.
+    """
+
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, batch_size: int = 64):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.batch_size = batch_size
+        self.cuts: Counter = Counter()
+
+    @classmethod
+    def from_pretrained(cls, folder: str, device: str | torch.device = "cpu") -> "RewardModel":
+        """Load an adapter made by `train_reward.py`.
+
+        Raises:
+            InputError: the folder holds no reward adapter.
+        """
+        folder = adapter_folder(folder)
+        config = read_adapter_config(folder, TaskType.SEQ_CLS)
+        tokenizer = load_tokenizer(folder)
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        file = Path(folder) / H2S_FILE
+        limit = json.loads(file.read_text(encoding="utf-8")).get("max_tokens") if file.is_file() else None
+        max_tokens = max_text_tokens(load_config(config.base_model_name_or_path), config.num_virtual_tokens, limit)
+        return cls(model.to(device), tokenizer, max_tokens)
+
+    def save(self, folder: str | Path) -> None:
+        """Write adapter, tokenizer and `h2s.json`."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        text = json.dumps({"max_tokens": self.max_tokens}, indent=2)
+        (Path(folder) / H2S_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @torch.no_grad()
+    def score(
+        self, contexts: Sequence[Messages], responses: Sequence[str], progress: str | None = None
+    ) -> torch.Tensor:
+        """Score pairs in batches of similar length.
+
+        Args:
+            contexts: N conversations.
+            responses: N replies, one a conversation.
+            progress: the label of a progress bar; none if None.
+
+        Returns:
+            Rewards, shape (N,), float32, on the CPU.
+        """
+        rows = [
+            encode_pair(self.tokenizer, context_text(c), r, self.max_tokens, self.cuts)
+            for c, r in zip(contexts, responses, strict=True)
+        ]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        rewards = torch.empty(len(rows))
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+            chunk = order[start : start + self.batch_size]
+            batch = self.tokenizer.pad([rows[i] for i in chunk], return_tensors="pt").to(self.model.device)
+            rewards[chunk] = self.model(**batch).logits.squeeze(-1).float().cpu()
+        return rewards
+
+    def __call__(self, prompts: Sequence[Messages], completions: Sequence[str], **kwargs) -> list[float]:
+        """TRL's reward-function signature around [`score`]."""
+        return self.score(prompts, completions).tolist()

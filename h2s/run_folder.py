@@ -1,0 +1,79 @@
+"""A run's folder `<output_dir>/<run_name>/`: claimed once, with a readable log, and nothing pickled left in it."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from h2s.errors import InputError
+
+logger = logging.getLogger("h2s")
+LOG_FILE = "train.log"
+
+
+def claim(output_dir: str, run_name: str | None, resume: bool = False) -> Path:
+    """The run's folder, made by the first process; every process gets the same one.
+
+    Raises:
+        InputError: the folder exists and holds something, and the run does not resume it.
+    """
+    state = PartialState()
+    name = [run_name or time.strftime("%Y%m%d-%H%M%S")]
+    broadcast_object_list(name)
+    folder = Path(output_dir) / name[0]
+    taken = [folder.is_dir() and any(folder.iterdir()) and not resume]
+    broadcast_object_list(taken)
+    if taken[0]:
+        raise InputError(f"{folder} exists: choose another run_name, or go on with --resume_from_checkpoint true")
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    return folder
+
+
+def start_log(folder: Path) -> None:
+    """From here on, what `logger` says goes to `train.log` and to the terminal, from the first process alone."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = False
+    if not PartialState().is_main_process:
+        logger.addHandler(logging.NullHandler())
+        return
+    logger.setLevel(logging.INFO)
+    file = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(file)
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    terminal.addFilter(lambda record: not getattr(record, "file_only", False))
+    logger.addHandler(terminal)
+
+
+class ReadableLog(TrainerCallback):
+    """Writes each of Trainer's log lines to `train.log` in words and rounded numbers (the terminal has its own)."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """One line."""
+        parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in (logs or {}).items()]
+        logger.info("step %d: %s", state.global_step, "  ".join(parts), extra={"file_only": True})
+
+
+class DropPickledArguments(TrainerCallback):
+    """Trainer pickles its arguments beside every checkpoint; `recipe.yaml` says the same and can be trusted."""
+
+    def on_save(self, args, state, control, **kwargs):
+        """Remove what was just pickled."""
+        if state.is_world_process_zero:
+            for file in Path(args.output_dir).rglob("training_args.bin"):
+                file.unlink()
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The checkpoint of the most steps that was written to its end (Trainer writes `trainer_state.json` last)."""
+    complete = [f.parent for f in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda c: int(c.name.rsplit("-", 1)[1]))) if complete else None

@@ -1,0 +1,73 @@
+"""Soft and hard side by side on held-out contexts: scores with intervals, and a blinded sheet for people to judge.
+
+python recipes/compare.py --config recipes/embedded/compare.yaml --policy_adapter outputs/policy
+"""
+
+from peft import TaskType
+
+from h2s import PrefixTuningPolicyModel
+from h2s.arguments import (
+    CompareDatasetArguments,
+    CompareModelArguments,
+    GenerateArguments,
+    need,
+    parse_recipe,
+    write_recipe,
+)
+from h2s.chat_prefix import ChatPrefix, encode_prompts
+from h2s.contexts import load_contexts, split_by_conversation
+from h2s.errors import exits_on_bad_input
+from h2s.evaluation import KEY, SHEET, add_scores, answer_both, report, write_blinded_sheet
+from h2s.prefix import adapter_folder, add_hard_prompt, load_config, load_tokenizer, read_adapter_config, room_for_text
+from h2s.reward_model import RewardModel
+from h2s.rollout import Sampling
+from h2s.run_folder import claim, logger, start_log
+
+
+@exits_on_bad_input
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse_recipe(CompareModelArguments, CompareDatasetArguments, GenerateArguments, argv)
+
+    ########
+    # Data #
+    ########
+    contexts = load_contexts(need(data_args.path, "path", "dataset"))
+    adapter = adapter_folder(need(model_args.policy_adapter, "policy_adapter", "model"))
+    config = read_adapter_config(adapter, TaskType.CAUSAL_LM)
+    prefix, tokenizer = ChatPrefix.load(adapter), load_tokenizer(adapter)
+    room = room_for_text(load_config(config.base_model_name_or_path, config.revision), config.num_virtual_tokens)
+    prompt_ids = encode_prompts(tokenizer, prefix, contexts["prompt"], room - args.max_completion_length)
+    contexts = contexts.add_column("prompt_ids", prompt_ids)
+    if data_args.split == "test":
+        contexts = split_by_conversation(contexts, data_args.split_seed, data_args.test_size)["test"]
+    if model_args.reward_adapter is not None:
+        read_adapter_config(adapter_folder(model_args.reward_adapter), TaskType.SEQ_CLS)
+
+    ###########
+    # Compare #
+    ###########
+    folder = claim(args.output_dir, args.run_name)
+    start_log(folder)
+    write_recipe(folder / "recipe.yaml", model_args, data_args, args)
+    policy = PrefixTuningPolicyModel.from_pretrained(adapter)
+    add_hard_prompt(policy.model, prefix.token_ids)
+    sampling = Sampling(args.max_completion_length, args.temperature, args.top_k, args.top_p)
+    table = answer_both(policy.model, tokenizer, contexts, sampling, args.batch_size, args.seed)
+    names = []
+    if model_args.reward_adapter is not None:
+        add_scores(table, "reward", RewardModel.from_pretrained(model_args.reward_adapter, policy.model.device))
+        names = ["reward"]
+
+    ##########
+    # Report #
+    ##########
+    text = report(table, names)
+    logger.info("soft against hard, temperature %g:\n%s", args.temperature, text)
+    (folder / "README.md").write_text(f"# Soft against hard\n\n{text}\n", encoding="utf-8")
+    table.to_parquet(folder / "replies.parquet")
+    write_blinded_sheet(table, folder, args.seed)
+    logger.info("to be judged: %s (fill in human_eval); which side is which: %s", folder / SHEET, KEY)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Reply to a conversation with a trained prefix, or chat in the terminal.
+
+python recipes/generate.py --policy_adapter outputs/policy --conversation "I went hiking today."
+python recipes/generate.py --policy_adapter outputs/policy
+"""
+
+from h2s import PrefixTuningPolicyModel
+from h2s.arguments import AdapterArguments, ConversationArguments, GenerateArguments, need, parse_recipe
+from h2s.contexts import parse_messages
+from h2s.errors import InputError, exits_on_bad_input
+from h2s.rollout import Sampling
+
+
+def chat(policy: PrefixTuningPolicyModel, sampling: Sampling) -> None:
+    """Turn by turn until an empty line or the end of the input; a turn that cannot be answered is told and dropped."""
+    print("An empty line ends the chat.")
+    conversation = []
+    if policy.prefix.first_role == "assistant":
+        conversation = [{"role": "assistant", "content": input("the assistant's first message: ")}]
+    while True:
+        try:
+            text = input("you: ").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        conversation.append({"role": "user", "content": text})
+        try:
+            reply = policy.reply(conversation, sampling)
+        except InputError as error:
+            print(f"(not answered: {error})")
+            conversation.pop()
+            continue
+        print(f"assistant: {reply}", flush=True)
+        conversation.append({"role": "assistant", "content": reply or "…"})
+
+
+@exits_on_bad_input
+def main(argv: list[str] | None = None) -> None:
+    import torch
+
+    model_args, data_args, args = parse_recipe(AdapterArguments, ConversationArguments, GenerateArguments, argv)
+    conversation = None if data_args.conversation is None else parse_messages(data_args.conversation)
+    sampling = Sampling(args.max_completion_length, args.temperature, args.top_k, args.top_p)
+    policy = PrefixTuningPolicyModel.from_pretrained(need(model_args.policy_adapter, "policy_adapter", "model"))
+    torch.manual_seed(args.seed)
+    if conversation is None:
+        chat(policy, sampling)
+    else:
+        print(policy.reply(conversation, sampling))
+
+
+if __name__ == "__main__":
+    main()

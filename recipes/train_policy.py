@@ -1,0 +1,126 @@
+"""Stage 2: move the soft prefix toward what the reward model prefers, by single-step PPO.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train_policy.py \
+        --config recipes/embedded/policy.yaml --reward_adapter outputs/reward
+"""
+
+from peft import TaskType
+from transformers import set_seed
+
+from h2s.arguments import DatasetArguments, PolicyModelArguments, need, parse_recipe, read_hard_prompt, write_recipe
+from h2s.chat_prefix import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
+from h2s.contexts import load_contexts, split_by_conversation
+from h2s.errors import InputError, exits_on_bad_input
+from h2s.evaluation import add_scores, answer_both, report
+from h2s.model_card import push, write_card
+from h2s.ppo_config import SingleStepPPOConfig
+from h2s.ppo_trainer import SingleStepPPOTrainer
+from h2s.prefix import (
+    adapter_folder,
+    add_hard_prompt,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    model_source,
+    prefix_from_hard_prompt,
+    read_adapter_config,
+    room_for_text,
+)
+from h2s.reward_model import RewardModel
+from h2s.run_folder import DropPickledArguments, ReadableLog, claim, logger, newest_checkpoint, start_log
+from h2s.value_head import PolicyWithValueHead
+
+
+def find_prefix(arguments: PolicyModelArguments):
+    """Base model, revision, its tokenizer with the wrapped template, and the prefix: from a prompt or an adapter."""
+    if arguments.prefix_adapter is None:
+        prompt = read_hard_prompt(arguments)
+        source = model_source(need(arguments.model_name_or_path, "model_name_or_path", "model"))
+        tokenizer = load_tokenizer(source, arguments.model_revision)
+        prefix = chat_prefix(tokenizer, prompt, arguments.opening_user_message)
+        wrap_chat_template(tokenizer, prefix)
+        return source, arguments.model_revision, tokenizer, prefix
+    for key in ("model_name_or_path", "hard_prompt", "hard_prompt_file", "opening_user_message"):
+        if getattr(arguments, key) is not None:
+            raise InputError(f"prefix_adapter brings its own {key}: leave {key} out")
+    folder = adapter_folder(arguments.prefix_adapter)
+    config = read_adapter_config(folder, TaskType.CAUSAL_LM)
+    return config.base_model_name_or_path, config.revision, load_tokenizer(folder), ChatPrefix.load(folder)
+
+
+@exits_on_bad_input
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse_recipe(PolicyModelArguments, DatasetArguments, SingleStepPPOConfig, argv)
+
+    ########
+    # Data #
+    ########
+    contexts = load_contexts(need(data_args.path, "path", "dataset"))
+    source, revision, tokenizer, prefix = find_prefix(model_args)
+    read_adapter_config(adapter_folder(need(model_args.reward_adapter, "reward_adapter", "model")), TaskType.SEQ_CLS)
+    prefix_ids = prefix.token_ids
+    room = room_for_text(load_config(source, revision), len(prefix_ids)) - args.max_completion_length
+    prompt_ids = encode_prompts(tokenizer, prefix, contexts["prompt"], room)
+    contexts = contexts.add_column("prompt_ids", prompt_ids)
+    parts = split_by_conversation(contexts, data_args.split_seed, data_args.test_size)
+
+    #########
+    # Model #
+    #########
+    resume = args.resume_from_checkpoint is not None
+    folder = claim(args.output_dir, args.run_name, resume)
+    start_log(folder)
+    if args.should_save:
+        write_recipe(folder / "recipe.yaml", model_args, data_args, args)
+    args.output_dir = str(folder)
+    push_to_hub, args.push_to_hub = args.push_to_hub, False  # ours pushes by allow-list, at the end
+    logger.info("contexts that train %d, select %d, are reported %d", *(len(p) for p in parts.values()))
+    set_seed(args.seed)
+    base = load_base_model(source, revision, model_args.dtype, model_args.attn_implementation).to(args.device)
+    model, _ = prefix_from_hard_prompt(base, prefix_ids, revision)
+    add_hard_prompt(model, prefix_ids)
+    if model_args.prefix_adapter is not None:
+        load_weights(model, adapter_folder(model_args.prefix_adapter))
+    reward = RewardModel.from_pretrained(str(model_args.reward_adapter), args.device)
+
+    ############
+    # Training #
+    ############
+    trainer = SingleStepPPOTrainer(
+        model=PolicyWithValueHead(model, args.temperature),
+        args=args,
+        train_dataset=parts["train"],
+        eval_dataset=parts["validation"],
+        processing_class=tokenizer,
+        prefix=prefix,
+        reward=reward,
+        callbacks=[ReadableLog(), DropPickledArguments()],
+    )
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if resume else None)
+    trainer.save_state()
+
+    ##########
+    # Report #
+    ##########
+    if not trainer.is_world_process_zero():
+        return
+    load_weights(model, folder)
+    table = answer_both(model, tokenizer, parts["test"], trainer.sampling, args.per_device_eval_batch_size, args.seed)
+    add_scores(table, "reward", reward)
+    measured = report(table, ["reward"])
+    logger.info("soft against hard on contexts that nothing was chosen by:\n%s", measured)
+    logger.info("(the reward is the one that was trained on: it shows movement, not what people like)")
+    if reward.cuts:
+        logger.info(
+            "the reward model cut %d contexts and %d responses", reward.cuts["context"], reward.cuts["response"]
+        )
+    body = f"A soft prefix that began as this hard prompt:\n\n> {prefix.hard_prompt}\n\n{measured}"
+    write_card(folder, "A soft prefix trained by single-step PPO", source, body)
+    logger.info("best adapter saved to %s", folder)
+    if push_to_hub:
+        logger.info("pushed to %s", push(folder, args.hub_model_id, args.hub_private_repo, args.hub_token))
+
+
+if __name__ == "__main__":
+    main()

@@ -38,7 +38,7 @@ class RewardModelConfig(RewardConfig):
 
     Differing from TRL's: `learning_rate` 5e-3 (a prefix; 1e-4 is for LoRA), `num_train_epochs` 5,
     `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `eval_strategy` and `save_strategy` epoch,
-    `metric_for_best_model` accuracy, `save_total_limit` 1, `report_to` tensorboard, `logging_nan_inf_filter` False,
+    `metric_for_best_model` selection (accuracy, ties by loss), `save_total_limit` 1, `report_to` tensorboard, `logging_nan_inf_filter` False,
     `gradient_checkpointing` refused (a prefix on BERT silently loses its gradient under it), `bf16` only on CUDA,
     `use_cpu` where there is no CUDA, `remove_unused_columns` False (the collator needs the token types), `max_length`
     None (it would drop long rows; they are cut before).
@@ -52,7 +52,7 @@ class RewardModelConfig(RewardConfig):
     eval_strategy: str = field(default="epoch", metadata={"help": "When the validation part is scored."})
     save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept (the best one always)."})
-    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What selects the best epoch."})
+    metric_for_best_model: str | None = field(default="selection", metadata={"help": "What selects the best epoch."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where metrics go."})
@@ -182,6 +182,14 @@ class PrefixGradientCheck(TrainerCallback):
             gradient = soft_prefix(model).grad
             if gradient is None or not gradient.abs().sum() > 0:
                 raise RuntimeError("the prefix has no gradient at the first step: only the head would be trained")
+
+
+class SelectByAccuracy(TrainerCallback):
+    """Adds `eval_selection`: accuracy, and where it ties (a small part often reaches 1 early) the lower loss."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Add the metric before Trainer looks for the best."""
+        metrics["eval_selection"] = metrics["eval_accuracy"] - 1e-6 * metrics["eval_loss"]
 
 
 class RewardModel:

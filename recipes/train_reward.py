@@ -21,6 +21,7 @@ from h2s.reward_model import (
     PrefixGradientCheck,
     RewardModel,
     RewardModelConfig,
+    SelectByAccuracy,
     build_reward_model,
     check_encoder,
     max_text_tokens,
@@ -71,13 +72,13 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=tokenized["train"],
         eval_dataset=tokenized["validation"],
         processing_class=tokenizer,
-        callbacks=[PrefixGradientCheck(), ReadableLog(), DropPickledArguments()],
+        callbacks=[PrefixGradientCheck(), SelectByAccuracy(), ReadableLog(), DropPickledArguments()],
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if resume else None)
     best = trainer.state.best_model_checkpoint
     if best is not None:
         load_weights(model, best)
-        logger.info("best epoch by validation accuracy: %s (%.3f)", best, trainer.state.best_metric)
+        logger.info("best epoch by validation accuracy: %s (%.3f; ties by loss)", best, trainer.state.best_metric)
 
     ##########
     # Report #

@@ -9,6 +9,7 @@ a model that already holds the prefix.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,11 @@ def chat_prefix(
     if shared == 0:
         raise InputError(f"the chat template of {tokenizer.name_or_path} renders nothing in front of a conversation")
     text = renderings[0][: encodings[0].offset_mapping[shared - 1][1]]
-    if any(not r.startswith(text) for r in renderings):
-        raise InputError("the hard prompt's last tokens merge with what follows them: end it with a full stop")
-    if hard_prompt.strip() not in text:
+    shared_text = commonprefix(renderings)
+    if hard_prompt.strip() not in shared_text:
         raise InputError(f"the chat template of {tokenizer.name_or_path} does not print the system message as it is")
+    if hard_prompt.strip() not in text or not shared_text.startswith(text):
+        raise InputError("the hard prompt's last tokens merge with what follows them: end it with a full stop")
     return ChatPrefix(hard_prompt, opening, text, encodings[0].input_ids[:shared])
 
 
@@ -119,8 +121,11 @@ def wrap_chat_template(tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix) -
     """Make the tokenizer print conversations without their prefix, in place."""
     # Not escaped: Jinja would read an escaped surrogate pair as two characters, and the cut would fall elsewhere.
     opening = json.dumps(prefix.opening_messages, ensure_ascii=False)
+    # White space at the original's ends stays as transformers renders it: Jinja drops one last newline, `%}` and a
+    # newline make a line's beginning, and `{%+` keeps the spaces before it.
+    original = tokenizer.chat_template.removesuffix("\n")
     tokenizer.chat_template = (
-        f"{{%- set messages = {opening} + messages -%}}{{%- set rendered -%}}{tokenizer.chat_template}{{%- endset -%}}"
+        f"{{%- set messages = {opening} + messages -%}}{{%- set rendered %}}\n{original}{{%+ endset -%}}"
         f"{{{{- rendered[{len(prefix.text)}:] -}}}}"
     )
 

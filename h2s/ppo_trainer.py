@@ -106,6 +106,8 @@ class SingleStepPPOTrainer(Trainer):
         self.sampling = Sampling(args.max_completion_length, args.temperature)
         self.stop_ids = stop_token_ids(model.model, processing_class)
         self._metrics: dict[str, list[float]] = defaultdict(list)
+        self.optimizer: Any  # a torch optimizer, then Accelerate's wrapper of it
+        self.control: Any
         super().__init__(
             model=model,
             args=args,
@@ -259,7 +261,11 @@ class SingleStepPPOTrainer(Trainer):
                 first = False
 
     def _apply(self, loss: torch.Tensor) -> float:
-        """Backward, clip each group by itself, step, leave no gradient (Adam skips what has none); the prefix's norm."""
+        """Backward, clip each group by itself, step, leave no gradient (Adam skips what has none).
+
+        Returns:
+            The norm of the prefix's gradient before clipping.
+        """
         self.accelerator.backward(loss)
         prefix_group, value_group = self.optimizer.param_groups
         norm = float(self.accelerator.clip_grad_norm_(prefix_group["params"], self.args.max_grad_norm))

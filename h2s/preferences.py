@@ -55,7 +55,8 @@ def load_preferences(path: str) -> Preferences:
         found = ", ".join(map(str, table.columns)) or "none"
         raise InputError(f"{path}: missing column {', '.join(missing)}; found {found}")
     first_row = 2 if path.lower().endswith((".xlsx", ".csv")) else 1
-    pairs, counts = [], Counter()
+    counts: Counter[int] = Counter()
+    pairs = []
     records = table.loc[:, list(COLUMNS)].itertuples(index=False, name=None)
     for number, (context, policy, reference, label) in enumerate(records, start=first_row):
         try:

@@ -6,7 +6,8 @@ Trained by TRL's `RewardTrainer` with the pairwise logistic loss of Bradley and 
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
+from transformers import logging as transformers_logging
 from trl import RewardConfig
 
 from h2s.chat_prefix import H2S_FILE
@@ -38,10 +40,10 @@ class RewardModelConfig(RewardConfig):
 
     Differing from TRL's: `learning_rate` 5e-3 (a prefix; 1e-4 is for LoRA), `num_train_epochs` 5,
     `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `eval_strategy` and `save_strategy` epoch,
-    `metric_for_best_model` selection (accuracy, ties by loss), `save_total_limit` 1, `report_to` tensorboard, `logging_nan_inf_filter` False,
-    `gradient_checkpointing` refused (a prefix on BERT silently loses its gradient under it), `bf16` only on CUDA,
-    `use_cpu` where there is no CUDA, `remove_unused_columns` False (the collator needs the token types), `max_length`
-    None (it would drop long rows; they are cut before).
+    `metric_for_best_model` selection (accuracy, ties by loss), `save_total_limit` 1, `report_to` tensorboard,
+    `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix on BERT silently loses its gradient
+    under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the collator needs
+    the token types), `max_length` None (it would drop long rows; they are cut before).
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
@@ -70,6 +72,17 @@ class RewardModelConfig(RewardConfig):
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
+
+
+@contextmanager
+def _head_not_in_checkpoint() -> Iterator[None]:
+    """Silences the warning that the scalar head is new: it is about to be trained, or loaded from the adapter."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def context_text(messages: Messages) -> str:
@@ -134,7 +147,8 @@ def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
         InputError: the model cannot be loaded.
     """
     try:
-        base = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
+        with _head_not_in_checkpoint():
+            base = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no sequence classification model can be loaded from {source}: {error}") from error
     config = PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=num_virtual_tokens)
@@ -149,7 +163,7 @@ def tokenize_preferences(
     rows = []
     for row in dataset:
         text = context_text(row["prompt"])
-        encoded = {}
+        encoded: dict[str, list[int]] = {}
         for side in ("chosen", "rejected"):
             pair = encode_pair(tokenizer, text, row[side], max_tokens, cuts)
             encoded |= {f"{side}_ids": pair["input_ids"], f"{side}_type_ids": pair["token_type_ids"]}
@@ -215,7 +229,8 @@ class RewardModel:
         folder = adapter_folder(folder)
         config = read_adapter_config(folder, TaskType.SEQ_CLS)
         tokenizer = load_tokenizer(folder)
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        with _head_not_in_checkpoint():
+            model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
         file = Path(folder) / H2S_FILE
         limit = json.loads(file.read_text(encoding="utf-8")).get("max_tokens") if file.is_file() else None
         max_tokens = max_text_tokens(load_config(config.base_model_name_or_path), config.num_virtual_tokens, limit)

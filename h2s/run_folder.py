@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from accelerate import PartialState
@@ -37,6 +38,8 @@ def claim(output_dir: str, run_name: str | None, resume: bool = False) -> Path:
 
 def start_log(folder: Path) -> None:
     """From here on, what `logger` says goes to `train.log` and to the terminal, from the first process alone."""
+    # TRL 1.16 asks models for it by its old name at every generation.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()

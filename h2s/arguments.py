@@ -302,6 +302,8 @@ def write_recipe(path: Path, model: Any, dataset: Any, task: Any) -> None:
 def _plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
     return value is None or isinstance(value, (str, int, float, bool))
 
 
@@ -328,7 +330,7 @@ def read_hard_prompt(arguments: HardPromptArguments) -> str:
     prompt = arguments.hard_prompt
     if prompt is None:
         try:
-            prompt = Path(str(arguments.hard_prompt_file)).read_text(encoding="utf-8").strip()
+            prompt = Path(str(arguments.hard_prompt_file)).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"hard_prompt_file cannot be read: {error}") from error
     if not prompt.strip():

@@ -9,7 +9,6 @@ a model that already holds the prefix.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +96,10 @@ def chat_prefix(
     if shared == 0:
         raise InputError(f"the chat template of {tokenizer.name_or_path} renders nothing in front of a conversation")
     text = renderings[0][: encodings[0].offset_mapping[shared - 1][1]]
-    shared_text = commonprefix(renderings)
-    if hard_prompt.strip() not in shared_text:
+    before_probe = renderings[0].rpartition(PROBES[0])[0]
+    if hard_prompt.strip() not in before_probe:
         raise InputError(f"the chat template of {tokenizer.name_or_path} does not print the system message as it is")
-    if hard_prompt.strip() not in text or not shared_text.startswith(text):
+    if hard_prompt.strip() not in text or any(not r.startswith(text) for r in renderings):
         raise InputError("the hard prompt's last tokens merge with what follows them: end it with a full stop")
     return ChatPrefix(hard_prompt, opening, text, encodings[0].input_ids[:shared])
 

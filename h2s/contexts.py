@@ -21,9 +21,6 @@ from h2s.errors import InputError
 Part = Literal["train", "validation", "test"]
 Messages = list[dict[str, str]]
 
-# Formats that `datasets.load_dataset` reads. JSON is read here: its rows may mix the forms that a context can have,
-# which an Arrow column cannot.
-ARROW_FORMATS = {".csv": "csv", ".parquet": "parquet"}
 FORMATS = (".xlsx", ".csv", ".json", ".jsonl", ".parquet")
 
 
@@ -87,7 +84,10 @@ def _short(value: Any) -> str:
 
 
 def read_table(path: str, expected: str) -> pd.DataFrame:
-    """Read a table of cells as they are: xlsx by pandas, csv, parquet and Hub data sets by `datasets.load_dataset`.
+    """Read a table of cells as they are: files by pandas and json, Hub data sets by `datasets.load_dataset`.
+
+    Not files too: it takes brackets in a name for a pattern, makes numbers of a csv column of texts like 007, and an
+    Arrow column cannot mix the forms that a context may have.
 
     Args:
         path: a file, or the name `owner/name` of a data set on the Hub (its train split).
@@ -109,13 +109,14 @@ def read_table(path: str, expected: str) -> pd.DataFrame:
             return load_dataset(path, split="train").to_pandas()
         if suffix == ".xlsx":
             return pd.read_excel(file, engine="openpyxl", dtype=object, keep_default_na=False)
-        if suffix == ".json":
-            return pd.DataFrame(_records(json.loads(file.read_text(encoding="utf-8"))), dtype=object)
-        if suffix == ".jsonl":
-            lines = file.read_text(encoding="utf-8").splitlines()
-            return pd.DataFrame(_records([json.loads(line) for line in lines if line.strip()]), dtype=object)
-        kwargs = {"keep_default_na": False} if suffix == ".csv" else {}
-        return load_dataset(ARROW_FORMATS[suffix], data_files=str(file), split="train", **kwargs).to_pandas()
+        if suffix == ".csv":
+            return pd.read_csv(file, dtype=str, keep_default_na=False)
+        if suffix == ".parquet":
+            return pd.read_parquet(file)
+        text = file.read_text(encoding="utf-8-sig")
+        # Not splitlines: a JSON string may hold U+2028.
+        items = json.loads(text) if suffix == ".json" else [json.loads(t) for t in text.split("\n") if t.strip()]
+        return pd.DataFrame(_records(items), dtype=object)
     except Exception as error:  # whatever the reader raises, the user's file is what it could not read
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{path} cannot be read as {suffix or 'a Hub data set'} ({expected}): {lines[0]}") from error

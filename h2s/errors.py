@@ -1,6 +1,7 @@
 """Bad input has one class and one way out: one clear line on stderr and exit code 2."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,8 @@ def exits_on_bad_input(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except InputError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            if os.environ.get("RANK", "0") == "0":  # one line, however many processes
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapped

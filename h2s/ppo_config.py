@@ -18,11 +18,11 @@ class SingleStepPPOConfig(TrainingArguments):
     Defaults that differ from transformers': `output_dir` outputs, `per_device_train_batch_size` 16,
     `per_device_eval_batch_size` 16, `learning_rate` 1e-3, `adam_epsilon` 1e-5, `lr_scheduler_type` constant,
     `weight_decay` 0 (decay pulls the prefix to zero keys, not to the hard prompt), `report_to` tensorboard,
-    `eval_strategy` steps, `eval_steps`, `save_steps` 10, `save_total_limit` 2, `logging_steps` 1,
+    `eval_strategy` steps, `eval_steps` 10, `save_steps` 10, `save_total_limit` 2, `logging_steps` 1,
     `logging_nan_inf_filter` False, `metric_for_best_model` reward_difference, `dataloader_drop_last` True,
-    `remove_unused_columns` False, `ddp_find_unused_parameters` False, `use_cpu` where there is no CUDA. Refused:
-    gradient checkpointing (it loses the prefix), fp16 (Gemma overflows), gradient accumulation (see
-    `num_mini_batches`).
+    `remove_unused_columns` False, `resume_from_checkpoint` a bool, `ddp_find_unused_parameters` False, `use_cpu` where
+    there is no CUDA. Refused: gradient checkpointing (it loses the prefix), fp16 (Gemma overflows), gradient
+    accumulation (see `num_mini_batches`).
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
@@ -46,6 +46,9 @@ class SingleStepPPOConfig(TrainingArguments):
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Iterations of equal size."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the contexts' columns."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "None is unused."})
+    resume_from_checkpoint: bool = field(
+        default=False, metadata={"help": "Go on from the newest complete checkpoint of the run's folder."}
+    )
 
     # Parameters that control the rollout
     max_completion_length: int = field(default=64, metadata={"help": "Most tokens of a completion."})

@@ -101,10 +101,8 @@ def _response(cell: Any) -> str:
     # A reply such as 42 is a number to Excel; an empty cell is NaN, None or ''.
     if isinstance(cell, (int, float)) and not isinstance(cell, bool) and cell == cell:
         cell = str(cell)
-    if not isinstance(cell, str) or not cell.strip():
-        raise InputError(
-            "expected a response, got an empty cell"
-            if cell in (None, "") or cell != cell
-            else f"expected the text of a response, got {cell!r}"
-        )
+    if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):
+        raise InputError("expected a response, got an empty cell")
+    if not isinstance(cell, str):
+        raise InputError(f"expected the text of a response, got {cell!r}")
     return cell

@@ -65,7 +65,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no tokenizer can be loaded from {source}: {_first_line(error)}") from error
-    # Where the files are missing transformers makes a tokenizer of special tokens alone, to which every word is unknown.
+    # Where its files are missing transformers makes one of special tokens alone, to which every word is unknown.
     if len(tokenizer) == len(tokenizer.all_special_ids):
         raise InputError(f"no tokenizer can be loaded from {source}: it has no vocabulary")
     if tokenizer.pad_token is None:

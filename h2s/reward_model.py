@@ -64,6 +64,9 @@ class RewardModelConfig(RewardConfig):
     )
     max_length: int | None = field(default=None, metadata={"help": "TRL drops longer rows; see max_tokens instead."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the token types."})
+    resume_from_checkpoint: bool = field(
+        default=False, metadata={"help": "Go on from the newest complete checkpoint of the run's folder."}
+    )
 
     def __post_init__(self):
         if self.gradient_checkpointing or self.activation_checkpointing:

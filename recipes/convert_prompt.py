@@ -6,6 +6,7 @@ python recipes/convert_prompt.py --config recipes/embedded/convert.yaml
 import time
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from h2s.arguments import (
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     ###########
     wrap_chat_template(tokenizer, prefix)
     # State equality is shown in float32, whatever the model will run in; bf16's own noise is reported beside it.
-    base = load_base_model(source, model_args.model_revision, "float32", model_args.attn_implementation)
+    device = PartialState().device
+    base = load_base_model(source, model_args.model_revision, "float32", model_args.attn_implementation).to(device)
     model, _ = prefix_from_hard_prompt(base, prefix_ids, model_args.model_revision)
     difference = measured_difference(base, model, tokenizer, prefix, prefix_ids)
     logger.info("%d virtual tokens", len(prefix_ids))
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = f"Largest logit difference to the hard prompt, relative to the largest logit: float32 {difference:.2g}"
     save_adapter(model, tokenizer, prefix, folder)
     if resolve_dtype(model_args.dtype) == torch.bfloat16:
-        low = load_base_model(source, model_args.model_revision, "bfloat16", model_args.attn_implementation)
+        low = load_base_model(source, model_args.model_revision, "bfloat16", model_args.attn_implementation).to(device)
         soft, _ = prefix_from_hard_prompt(low, prefix_ids)
         low_difference = measured_difference(low, soft, tokenizer, prefix, prefix_ids)
         logger.info("the same in bfloat16: %.2g (rounding noise)", low_difference)

@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     #########
     # Model #
     #########
-    resume = args.resume_from_checkpoint is not None
-    folder = claim(args.output_dir, args.run_name, resume)
+    folder = claim(args.output_dir, args.run_name, args.resume_from_checkpoint)
     start_log(folder)
     if args.should_save:
         write_recipe(folder / "recipe.yaml", model_args, data_args, args)
@@ -97,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         reward=reward,
         callbacks=[ReadableLog(), DropPickledArguments()],
     )
-    trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if resume else None)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if args.resume_from_checkpoint else None)
     trainer.save_state()
 
     ##########

@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, config = load_tokenizer(source), load_config(source)
     check_encoder(config, tokenizer, name)
     max_tokens = max_text_tokens(config, model_args.num_virtual_tokens, model_args.max_tokens)
-    resume = args.resume_from_checkpoint is not None
-    folder = claim(args.output_dir, args.run_name, resume)
+    folder = claim(args.output_dir, args.run_name, args.resume_from_checkpoint)
     start_log(folder)
     if args.should_save:
         write_recipe(folder / "recipe.yaml", model_args, data_args, args)
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         callbacks=[PrefixGradientCheck(), SelectByAccuracy(), ReadableLog(), DropPickledArguments()],
     )
-    trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if resume else None)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if args.resume_from_checkpoint else None)
     best = trainer.state.best_model_checkpoint
     if best is not None:
         load_weights(model, best)

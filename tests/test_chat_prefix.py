@@ -17,7 +17,7 @@ AWKWARD = [
     "</s> <end_of_turn> null true [1, 2] {'a': 1}",
     "Line\u2028separator, next\u0085line, form\x0cfeed, bell\x07.",
 ]
-OPENINGS = [None, "start", "開始 🙂 {{ x }} \"q\""]
+OPENINGS = [None, "start", '開始 🙂 {{ x }} "q"']
 
 
 def stock_and_wrapped(hard_prompt, opening=None, template=CHAT_TEMPLATE):
@@ -72,18 +72,25 @@ def test_wrapped_template_survives_saving(hard_prompt, tmp_path):
     wrapped.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     messages = context(None)
-    assert prefix.text + render(loaded, messages, True) == render(stock, stock_messages(hard_prompt, None, messages), True)
+    assert prefix.text + render(loaded, messages, True) == render(
+        stock, stock_messages(hard_prompt, None, messages), True
+    )
 
 
 # A template's own white space at both ends is part of the rendering, as transformers' Jinja settings leave it.
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("", ""), ("\n", "\n"), ("\n\n  ", "\n\n"), ("  ", " "), ("Chat:\n", "\nAssistant: "), ("  {% set x = 1 %}\n", "{% if true %}\n{% endif %}\n")],
+    [
+        ("", ""),
+        ("\n", "\n"),
+        ("\n\n  ", "\n\n"),
+        ("  ", " "),
+        ("Chat:\n", "\nAssistant: "),
+        ("  {% set x = 1 %}\n", "{% if true %}\n{% endif %}\n"),
+    ],
 )
 def test_wrapped_template_keeps_white_space_at_its_ends(before, after):
-    body = (
-        "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
-    )
+    body = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
     stock, wrapped, prefix = stock_and_wrapped(HARD_PROMPT, template=before + body + after)
     messages = context(None)
     whole = render(stock, stock_messages(HARD_PROMPT, None, messages), True)
@@ -191,9 +198,7 @@ def test_what_cannot_be_a_prefix(hard_prompt, opening, template, words):
         chat_prefix(tokenizer, hard_prompt, opening)
 
 
-@pytest.mark.parametrize(
-    ("opening", "begins", "remedy"), [(None, "assistant", "set"), ("start", "user", "leave out")]
-)
+@pytest.mark.parametrize(("opening", "begins", "remedy"), [(None, "assistant", "set"), ("start", "user", "leave out")])
 def test_conversation_that_begins_with_the_wrong_role(opening, begins, remedy):
     _, wrapped, prefix = stock_and_wrapped(HARD_PROMPT, opening)
     good, bad = context(opening), context(None if opening else "start")

@@ -284,17 +284,21 @@ def _name(hint: Any) -> str:
 
 
 def write_recipe(path: Path, model: Any, dataset: Any, task: Any) -> None:
-    """Write what was run, so that it can be run again: every setting that is not its default, secrets left out."""
+    """Write what was run, so that it can be run again: every setting that was chosen, secrets left out.
+
+    What a default instance has on this machine too (`use_cpu` where there is no CUDA) was not chosen: the recipe would
+    carry it to another machine.
+    """
     content = {}
     for section, values in zip(SECTIONS, (model, dataset, task), strict=True):
+        default = type(values)()
         chosen = {}
         for f in dataclasses.fields(values):
             value = getattr(values, f.name)
-            value = value.value if isinstance(value, enum.Enum) else value
-            default = f.default_factory() if callable(f.default_factory) else f.default
-            default = default.value if isinstance(default, enum.Enum) else default
-            if f.init and f.name not in SECRETS and value != default and _plain(value):
-                chosen[f.name] = value
+            if f.init and f.name not in SECRETS and value != getattr(default, f.name):
+                value = value.value if isinstance(value, enum.Enum) else value
+                if _plain(value):
+                    chosen[f.name] = value
         content[section] = chosen
     path.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding="utf-8")
 

@@ -17,13 +17,12 @@ import pandas as pd
 import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
 from trl.models import unwrap_model_for_generation
 
+from h2s.callbacks import EvaluateLastStep
 from h2s.chat_prefix import ChatPrefix
 from h2s.errors import InputError
 from h2s.evaluation import RewardFunction, add_scores, answer_both, summarise
@@ -39,10 +38,9 @@ from h2s.ppo_loss import (
     whiten,
 )
 from h2s.prefix import load_weights, save_adapter, soft_prefix
-from h2s.rollout import Batch, Sampling, completion_logps, decode, generate, stop_token_ids
+from h2s.rollout import Batch, Sampling, decode, generate, stop_token_ids
 from h2s.value_head import PolicyWithValueHead
 
-VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_WARMUP_UPDATES = 20
 # How far the first pass's ratio may lie from 1: float32 sums differ by 1e-5, bf16 ones by more.
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
@@ -58,6 +56,7 @@ class Rollout:
         returns: score minus KL and penalties, (B,).
         advantages: whitened returns minus values, (B,).
         mean_length: completion tokens on average over all processes.
+        last_prompt: hidden states of the last prompt positions, (B, H).
     """
 
     batch: Batch
@@ -65,6 +64,7 @@ class Rollout:
     returns: torch.Tensor
     advantages: torch.Tensor
     mean_length: float
+    last_prompt: torch.Tensor
 
 
 class SingleStepPPOTrainer(Trainer):
@@ -179,22 +179,12 @@ class SingleStepPPOTrainer(Trainer):
         unfinished = torch.tensor([c[-1] not in self.stop_ids for c in completions], device=device)
 
         # 3. Log-probabilities under the policy and under the hard prompt, values of the contexts.
-        old_logps, entropy = torch.zeros_like(mask, dtype=torch.float32), torch.zeros_like(mask, dtype=torch.float32)
-        ref_logps, values = torch.zeros_like(old_logps), torch.zeros_like(scores)
-        with torch.no_grad():
-            for index in torch.arange(len(texts), device=device).chunk(args.num_mini_batches):
-                part = batch.rows(index)
-                width = part.input_ids.shape[1]
-                logps, part_entropy, values[index] = self.policy(
-                    part.input_ids, part.attention_mask, part.completion_mask
-                )
-                old_logps[index, :width], entropy[index, :width] = logps, part_entropy
-                ref_logps[index, :width] = self.policy.reference_logps(part)
+        scored = self.policy.score(batch, args.num_mini_batches)
 
         # 4. The reward that is optimised, and one advantage a response.
-        kl = kl_to_reference(old_logps, ref_logps, mask)  # (B,)
+        kl = kl_to_reference(scored.logps, scored.ref_logps, mask)  # (B,)
         returns = clipped - args.kl_coef * kl - args.missing_eos_penalty * unfinished
-        advantages = returns - values
+        advantages = returns - scored.values
         if args.whiten_advantages:
             advantages = whiten(advantages, self.accelerator.gather(advantages))
         lengths = mask.sum(1).float()
@@ -203,15 +193,15 @@ class SingleStepPPOTrainer(Trainer):
         if record:
             self._record("objective/scores", scores)
             self._record("objective/kl", kl)
-            self._record("objective/kl_k3_per_token", k3_per_token(old_logps, ref_logps, mask))
+            self._record("objective/kl_k3_per_token", k3_per_token(scored.logps, scored.ref_logps, mask))
             self._record("objective/returns", returns)
-            self._record("policy/entropy", masked_mean(entropy, mask))
+            self._record("policy/entropy", masked_mean(scored.entropy, mask))
             self._record("completions/mean_length", lengths)
             self._record("completions/clipped_ratio", unfinished.float())
-            everyone = self.accelerator.gather(torch.stack([values, returns]).T.contiguous())
+            everyone = self.accelerator.gather(torch.stack([scored.values, returns]).T.contiguous())
             self._metrics["val/explained_variance"].append(explained_variance(everyone[:, 0], everyone[:, 1]))
             self._write_completions(inputs["prompt"], texts, scores, kl, advantages)
-        return Rollout(batch, old_logps, returns, advantages, mean_length)
+        return Rollout(batch, scored.logps, returns, advantages, mean_length, scored.last_prompt)
 
     def _update(self, model, rollout: Rollout) -> torch.Tensor:
         """5. Several epochs of clipped updates on the rollout batch."""
@@ -286,10 +276,7 @@ class SingleStepPPOTrainer(Trainer):
         for _ in range(args.value_warmup_batches):
             chosen = torch.randperm(len(self.train_dataset), generator=generator)[:contexts].tolist()
             rollout = self._roll_out(self.train_dataset[chosen[args.process_index :: args.world_size]], record=False)
-            with torch.no_grad():
-                parts = torch.arange(len(rollout.returns)).chunk(args.num_mini_batches)
-                hidden = torch.cat([completion_logps(self.policy.model, rollout.batch.rows(i))[2] for i in parts])
-            hidden, returns = self.accelerator.gather(hidden), self.accelerator.gather(rollout.returns)
+            hidden, returns = self.accelerator.gather(rollout.last_prompt), self.accelerator.gather(rollout.returns)
             for _ in range(VALUE_WARMUP_UPDATES):
                 value_loss(self.policy.value_head(hidden), returns).backward()
                 self.optimizer.step()
@@ -364,25 +351,16 @@ class SingleStepPPOTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(self.policy.model, self.processing_class, self.prefix, folder)
-        save_file(self.policy.value_head.state_dict(), folder / VALUE_HEAD_FILE)
+        self.policy.save_value_head(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """The counterpart of `_save`."""
         load_weights(self.policy.model, resume_from_checkpoint)
-        self.policy.value_head.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_HEAD_FILE))
+        self.policy.load_value_head(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         """The best adapter lies at the run's root."""
         self._load_from_checkpoint(self.args.output_dir)
-
-
-class EvaluateLastStep(TrainerCallback):
-    """The last iteration is always evaluated; without evaluations the last adapter is the one that is kept."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Ask for an evaluation after the last step."""
-        if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.NO:
-            control.should_evaluate = True
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list]:

@@ -120,9 +120,7 @@ def room_for_text(config: PretrainedConfig, num_virtual_tokens: int) -> int:
     return config.get_text_config().max_position_embeddings - num_virtual_tokens
 
 
-def prefix_from_hard_prompt(
-    base: PreTrainedModel, token_ids: list[int], revision: str | None = None
-) -> tuple[PeftModel, torch.Tensor]:
+def prefix_from_hard_prompt(base: PreTrainedModel, token_ids: list[int], revision: str | None = None) -> PeftModel:
     """Wrap `base` with a trainable prefix equal to the given tokens.
 
     Args:
@@ -131,15 +129,15 @@ def prefix_from_hard_prompt(
         revision: the base model's revision, written into the adapter's configuration.
 
     Returns:
-        The PEFT model, its prefix float32 whatever the base's dtype, and the prefix, shape (P, 2 * layers * kv_dim).
+        The PEFT model, its prefix float32 whatever the base's dtype.
     """
     config = PrefixTuningConfig(
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(token_ids), prefix_projection=False, revision=revision
     )
     cache = prefill(base, token_ids)
     model = get_peft_model(base, config)
-    embeddings = initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
-    return model, embeddings.float().cpu()
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+    return model
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from transformers import (
     BatchEncoding,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-    TrainerCallback,
 )
 from transformers import logging as transformers_logging
 from trl import RewardConfig
@@ -29,7 +28,7 @@ from trl import RewardConfig
 from h2s.chat_prefix import H2S_FILE
 from h2s.contexts import Messages
 from h2s.errors import InputError
-from h2s.prefix import adapter_folder, load_config, load_tokenizer, read_adapter_config, soft_prefix
+from h2s.prefix import adapter_folder, load_config, load_tokenizer, read_adapter_config
 
 SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP]
 
@@ -188,25 +187,6 @@ class PreferenceCollator:
             for r in rows
         ]
         return self.tokenizer.pad(features, return_tensors="pt")
-
-
-class PrefixGradientCheck(TrainerCallback):
-    """Stops a run whose prefix gets no gradient at the first step, which otherwise nobody would notice."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Look at the gradient before the first step."""
-        if state.global_step == 0:
-            gradient = soft_prefix(model).grad
-            if gradient is None or not gradient.abs().sum() > 0:
-                raise RuntimeError("the prefix has no gradient at the first step: only the head would be trained")
-
-
-class SelectByAccuracy(TrainerCallback):
-    """Adds `eval_selection`: accuracy, and where it ties (a small part often reaches 1 early) the lower loss."""
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Add the metric before Trainer looks for the best."""
-        metrics["eval_selection"] = metrics["eval_accuracy"] - 1e-6 * metrics["eval_loss"]
 
 
 class RewardModel:

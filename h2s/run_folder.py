@@ -8,7 +8,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
 
 from h2s.errors import InputError
 
@@ -55,25 +54,6 @@ def start_log(folder: Path) -> None:
     terminal.setFormatter(logging.Formatter("%(message)s"))
     terminal.addFilter(lambda record: not getattr(record, "file_only", False))
     logger.addHandler(terminal)
-
-
-class ReadableLog(TrainerCallback):
-    """Writes each of Trainer's log lines to `train.log` in words and rounded numbers (the terminal has its own)."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """One line."""
-        parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in (logs or {}).items()]
-        logger.info("step %d: %s", state.global_step, "  ".join(parts), extra={"file_only": True})
-
-
-class DropPickledArguments(TrainerCallback):
-    """Trainer pickles its arguments beside every checkpoint; `recipe.yaml` says the same and can be trusted."""
-
-    def on_save(self, args, state, control, **kwargs):
-        """Remove what was just pickled."""
-        if state.is_world_process_zero:
-            for file in Path(args.output_dir).rglob("training_args.bin"):
-                file.unlink()
 
 
 def newest_checkpoint(folder: Path) -> str | None:

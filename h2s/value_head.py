@@ -1,11 +1,17 @@
 """The value head, and the one module that is trained and wrapped by DDP."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from h2s.prefix import hard_prompt_active
 from h2s.rollout import Batch, completion_logps
+
+VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 class ValueHead(nn.Module):
@@ -56,7 +62,44 @@ class PolicyWithValueHead(nn.Module):
         return logps, entropy, self.value_head(hidden)
 
     @torch.no_grad()
-    def reference_logps(self, batch: Batch) -> torch.Tensor:
-        """Log-probabilities under the hard prompt, shape (B, T)."""
-        with hard_prompt_active(self.model):
-            return completion_logps(self.model, batch, self.temperature)[0]
+    def score(self, batch: Batch, num_parts: int) -> "Scores":
+        """Score rows under both prompts, in `num_parts` parts that bound the memory."""
+        rows, device = batch.input_ids.shape[0], batch.input_ids.device
+        logps, ref_logps, entropy = (torch.zeros(batch.input_ids.shape, device=device) for _ in range(3))
+        hidden = []
+        for index in torch.arange(rows, device=device).chunk(num_parts):
+            part = batch.rows(index)
+            width = part.input_ids.shape[1]
+            logps[index, :width], entropy[index, :width], last = completion_logps(self.model, part, self.temperature)
+            hidden.append(last)
+            with hard_prompt_active(self.model):
+                ref_logps[index, :width] = completion_logps(self.model, part, self.temperature)[0]
+        last_prompt = torch.cat(hidden)
+        return Scores(logps, ref_logps, entropy, last_prompt, self.value_head(last_prompt))
+
+    def save_value_head(self, folder: str | Path) -> None:
+        """Write the head as safetensors."""
+        save_file(self.value_head.state_dict(), Path(folder) / VALUE_HEAD_FILE)
+
+    def load_value_head(self, folder: str | Path) -> None:
+        """Read what `save_value_head` wrote."""
+        self.value_head.load_state_dict(load_file(Path(folder) / VALUE_HEAD_FILE))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the policy says of sampled rows, without gradients.
+
+    Attributes:
+        logps: log-probabilities of the completions under the soft prefix, (B, T), zero outside them.
+        ref_logps: the same under the hard prompt, (B, T).
+        entropy: of the soft prefix's distribution, (B, T).
+        last_prompt: hidden states of the last prompt positions, (B, H).
+        values: (B,).
+    """
+
+    logps: torch.Tensor
+    ref_logps: torch.Tensor
+    entropy: torch.Tensor
+    last_prompt: torch.Tensor
+    values: torch.Tensor

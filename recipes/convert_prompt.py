@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     # State equality is shown in float32, whatever the model will run in; bf16's own noise is reported beside it.
     device = PartialState().device
     base = load_base_model(source, model_args.model_revision, "float32", model_args.attn_implementation).to(device)
-    model, _ = prefix_from_hard_prompt(base, prefix_ids, model_args.model_revision)
+    model = prefix_from_hard_prompt(base, prefix_ids, model_args.model_revision)
     difference = measured_difference(base, model, tokenizer, prefix, prefix_ids)
     logger.info("%d virtual tokens", len(prefix_ids))
     logger.info("soft minus hard in float32: %.2g of the largest logit (limit %g)", difference, TOLERANCE)
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     save_adapter(model, tokenizer, prefix, folder)
     if resolve_dtype(model_args.dtype) == torch.bfloat16:
         low = load_base_model(source, model_args.model_revision, "bfloat16", model_args.attn_implementation).to(device)
-        soft, _ = prefix_from_hard_prompt(low, prefix_ids)
+        soft = prefix_from_hard_prompt(low, prefix_ids)
         low_difference = measured_difference(low, soft, tokenizer, prefix, prefix_ids)
         logger.info("the same in bfloat16: %.2g (rounding noise)", low_difference)
         measured += f", bfloat16 {low_difference:.2g}"

@@ -8,6 +8,7 @@ from peft import TaskType
 from transformers import set_seed
 
 from h2s.arguments import DatasetArguments, PolicyModelArguments, need, parse_recipe, read_hard_prompt, write_recipe
+from h2s.callbacks import ReadableLog
 from h2s.chat_prefix import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
 from h2s.contexts import load_contexts, split_by_conversation
 from h2s.errors import InputError, exits_on_bad_input
@@ -28,7 +29,7 @@ from h2s.prefix import (
     room_for_text,
 )
 from h2s.reward_model import RewardModel
-from h2s.run_folder import DropPickledArguments, ReadableLog, claim, logger, newest_checkpoint, start_log
+from h2s.run_folder import claim, logger, newest_checkpoint, start_log
 from h2s.value_head import PolicyWithValueHead
 
 
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("contexts that train %d, select %d, are reported %d", *(len(p) for p in parts.values()))
     set_seed(args.seed)
     base = load_base_model(source, revision, model_args.dtype, model_args.attn_implementation).to(args.device)
-    model, _ = prefix_from_hard_prompt(base, prefix_ids, revision)
+    model = prefix_from_hard_prompt(base, prefix_ids, revision)
     add_hard_prompt(model, prefix_ids)
     if model_args.prefix_adapter is not None:
         load_weights(model, adapter_folder(model_args.prefix_adapter))
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         prefix=prefix,
         reward=reward,
-        callbacks=[ReadableLog(), DropPickledArguments()],
+        callbacks=[ReadableLog()],
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if args.resume_from_checkpoint else None)
     trainer.save_state()

@@ -10,6 +10,7 @@ from transformers import set_seed
 from trl import RewardTrainer
 
 from h2s.arguments import DatasetArguments, RewardModelArguments, need, parse_recipe, write_recipe
+from h2s.callbacks import DropPickledArguments, PrefixGradientCheck, ReadableLog, SelectByAccuracy
 from h2s.contexts import split_by_conversation
 from h2s.errors import exits_on_bad_input
 from h2s.evaluation import interval_text
@@ -18,16 +19,14 @@ from h2s.preferences import load_preferences
 from h2s.prefix import load_config, load_tokenizer, load_weights, model_source
 from h2s.reward_model import (
     PreferenceCollator,
-    PrefixGradientCheck,
     RewardModel,
     RewardModelConfig,
-    SelectByAccuracy,
     build_reward_model,
     check_encoder,
     max_text_tokens,
     tokenize_preferences,
 )
-from h2s.run_folder import DropPickledArguments, ReadableLog, claim, logger, newest_checkpoint, start_log
+from h2s.run_folder import claim, logger, newest_checkpoint, start_log
 
 
 @exits_on_bad_input

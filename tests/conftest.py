@@ -155,7 +155,7 @@ def policy_parts(base, tokenizer):
     prefix = chat_prefix(tokenizer, HARD_PROMPT)
     wrap_chat_template(tokenizer, prefix)
     ids = prefix.token_ids
-    model, _ = prefix_from_hard_prompt(base, ids)
+    model = prefix_from_hard_prompt(base, ids)
     add_hard_prompt(model, ids)
     return model, tokenizer, prefix
 

@@ -36,7 +36,7 @@ def policy_adapter(gemma_folder, tmp_path_factory):
     tokenizer = load_tokenizer(str(gemma_folder))
     prefix = chat_prefix(tokenizer, HARD_PROMPT)
     wrap_chat_template(tokenizer, prefix)
-    model, _ = prefix_from_hard_prompt(load_base_model(str(gemma_folder)), prefix.token_ids)
+    model = prefix_from_hard_prompt(load_base_model(str(gemma_folder)), prefix.token_ids)
     save_adapter(model, tokenizer, prefix, folder)
     return folder
 

@@ -15,7 +15,7 @@ from h2s.chat_prefix import chat_prefix, encode_prompts, wrap_chat_template
 from h2s.contexts import conversation_id
 from h2s.errors import InputError
 from h2s.ppo_config import SingleStepPPOConfig
-from h2s.ppo_trainer import VALUE_HEAD_FILE, VALUE_WARMUP_UPDATES, SingleStepPPOTrainer
+from h2s.ppo_trainer import VALUE_WARMUP_UPDATES, SingleStepPPOTrainer
 from h2s.prefix import (
     HARD,
     add_hard_prompt,
@@ -25,9 +25,10 @@ from h2s.prefix import (
     prefix_from_hard_prompt,
     soft_prefix,
 )
-from h2s.value_head import PolicyWithValueHead
+from h2s.value_head import VALUE_HEAD_FILE, PolicyWithValueHead
 
 BATCH, HELD_OUT = 6, 5
+VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 def share_of(letter):
@@ -68,7 +69,7 @@ def build(gemma_folder, tmp_path):
         } | settings
         args = SingleStepPPOConfig(output_dir=str(tmp_path / folder), **settings)
         set_seed(args.seed)
-        model, _ = prefix_from_hard_prompt(load_base_model(str(gemma_folder), dtype="float32"), prefix.token_ids)
+        model = prefix_from_hard_prompt(load_base_model(str(gemma_folder), dtype="float32"), prefix.token_ids)
         add_hard_prompt(model, prefix.token_ids)
         if move:
             with torch.no_grad():

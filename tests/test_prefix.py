@@ -82,7 +82,7 @@ def stock_greedy(model, ids):
 def make(base, tokenizer, hard_prompt, opening):
     prefix = chat_prefix(tokenizer, hard_prompt, opening)
     wrap_chat_template(tokenizer, prefix)
-    model, _ = prefix_from_hard_prompt(base, prefix.token_ids)
+    model = prefix_from_hard_prompt(base, prefix.token_ids)
     return model, prefix
 
 
@@ -233,7 +233,7 @@ def test_relative_model_folder_is_saved_as_absolute(gemma_folder, tmp_path, monk
 
 
 def test_revision_is_saved(base, tmp_path):
-    model, _ = prefix_from_hard_prompt(base, [2, 4, 6], revision="abc123")
+    model = prefix_from_hard_prompt(base, [2, 4, 6], revision="abc123")
     model.save_pretrained(tmp_path)
     assert read_adapter_config(tmp_path, TaskType.CAUSAL_LM).revision == "abc123"
 
@@ -317,7 +317,7 @@ def test_prefix_is_the_prompts_keys_and_values(base):
 
 def test_load_weights_continues_training(loaded, base):
     folder = loaded["stock"][1]
-    model, _ = prefix_from_hard_prompt(base, ChatPrefix.load(folder).token_ids)
+    model = prefix_from_hard_prompt(base, ChatPrefix.load(folder).token_ids)
     torch.nn.init.zeros_(soft_prefix(model))
     load_weights(model, folder)
     assert torch.equal(soft_prefix(model), load_file(folder / "adapter_model.safetensors")["prompt_embeddings"])
@@ -325,7 +325,7 @@ def test_load_weights_continues_training(loaded, base):
 
 
 def test_load_weights_of_another_length(loaded, base):
-    model, _ = prefix_from_hard_prompt(base, [2, 4, 6])
+    model = prefix_from_hard_prompt(base, [2, 4, 6])
     with pytest.raises(InputError, match="does not fit this model"):
         load_weights(model, loaded["stock"][1])
 

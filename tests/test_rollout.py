@@ -311,7 +311,7 @@ def test_batched_generation_equals_unpadded_greedy(base, reference, beyond_windo
     prefix, *prompts = (
         torch.randint(6, 320, (n,), generator=draw).tolist() for n in (prefix_length, 3, 14, 5, 17, 9, 14, 12)
     )
-    model, _ = prefix_from_hard_prompt(base, prefix)
+    model = prefix_from_hard_prompt(base, prefix)
     lengths = {len(p) for p in prompts}
     # Exactly the window is still within it.
     longest = prefix_length + max(lengths) + new_tokens

@@ -53,7 +53,7 @@ def dataset(tokenizer, prefix, indices):
 def build(gemma_folder, tmp_path):
     """A trainer on a fresh tiny policy; settings override what is small and quiet here."""
 
-    def make(reward=varied, callbacks=None, folder="run", contexts=12, move=0.0, **settings):
+    def make(reward=varied, callbacks=None, folder="run", contexts=range(12), move=0.0, **settings):
         tokenizer = load_tokenizer(str(gemma_folder))
         prefix = chat_prefix(tokenizer, HARD_PROMPT)
         wrap_chat_template(tokenizer, prefix)
@@ -77,7 +77,7 @@ def build(gemma_folder, tmp_path):
         return SingleStepPPOTrainer(
             model=PolicyWithValueHead(model, args.temperature),
             args=args,
-            train_dataset=dataset(tokenizer, prefix, range(contexts)),
+            train_dataset=dataset(tokenizer, prefix, contexts),
             eval_dataset=dataset(tokenizer, prefix, range(100, 100 + HELD_OUT)),
             processing_class=tokenizer,
             prefix=prefix,
@@ -431,7 +431,7 @@ def test_a_simple_reward_rises(build, ratio_norm):
         share_of("e"),
         max_steps=25,
         per_device_train_batch_size=16,
-        contexts=32,
+        contexts=[1] * 24,
         learning_rate=3e-2,
         kl_coef=0.0,
         missing_eos_penalty=0.0,
@@ -629,7 +629,7 @@ def test_loading_a_checkpoint_restores_prefix_and_value_head(build):
 
 
 def test_a_resumed_run_ends_in_the_same_bytes(build):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_mini_batches": 2, "contexts": 20}
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_mini_batches": 2, "contexts": range(20)}
     whole = build(folder="whole", **settings)
     whole.train()
     again = build(folder="again", **settings)
@@ -663,4 +663,4 @@ def test_settings_that_are_refused(build, settings, words):
 
 def test_fewer_contexts_than_an_iteration_takes(build):
     with pytest.raises(InputError, match="5 contexts train, fewer than the 6 of one iteration"):
-        build(contexts=5)
+        build(contexts=range(5))

@@ -304,9 +304,9 @@ def test_prefix_is_float32_on_a_bfloat16_base(gemma_folder, tmp_path):
 def test_prefix_is_the_prompts_keys_and_values(base):
     """The layout by hand: 4 layers of keys and values, 2 heads of 8 each, a row a token."""
     ids = [2, 4, 100, 101, 102]
-    model, embeddings = prefix_from_hard_prompt(base, ids)
+    model = prefix_from_hard_prompt(base, ids)
+    embeddings = soft_prefix(model).detach()
     assert embeddings.shape == (5, 4 * 2 * 2 * 8) and embeddings.dtype == torch.float32
-    assert torch.equal(embeddings, soft_prefix(model).detach())
     layer = base.get_decoder().layers[0]
     with torch.no_grad():
         hidden = base.get_decoder().embed_tokens(torch.tensor([ids]))
@@ -346,12 +346,12 @@ def plain_folder(base, folder):
 
 
 def without_weights(base, folder):
-    prefix_from_hard_prompt(base, [2, 4])[0].save_pretrained(folder)
+    prefix_from_hard_prompt(base, [2, 4]).save_pretrained(folder)
     (folder / "adapter_model.safetensors").unlink()
 
 
 def damaged_config(base, folder):
-    prefix_from_hard_prompt(base, [2, 4])[0].save_pretrained(folder)
+    prefix_from_hard_prompt(base, [2, 4]).save_pretrained(folder)
     (folder / "adapter_config.json").write_text("{", encoding="utf-8")
 
 

@@ -48,7 +48,7 @@ class DropPickledArguments(TrainerCallback):
 
 
 class EvaluateLastStep(TrainerCallback):
-    """The last iteration is always evaluated; without evaluations the last adapter is the one that is kept."""
+    """The last iteration is always evaluated, unless evaluations are off."""
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask for an evaluation after the last step."""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from openpyxl import Workbook
-from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 from openpyxl.styles import Alignment, Font
 from peft import PeftModel
 from tqdm.auto import tqdm
@@ -24,6 +24,8 @@ from h2s.rollout import Batch, Sampling, completion_logps, decode, generate, sto
 # TRL's reward-function signature: (prompts, completions) -> one number each.
 RewardFunction = Callable[[Sequence[Messages], Sequence[str]], Sequence[float]]
 SHEET, KEY = "blinded.xlsx", "blinded.key.json"
+# What XML cannot hold; openpyxl's own list lacks the last two, and a file that holds them cannot be opened.
+ILLEGAL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
 @torch.no_grad()
@@ -172,7 +174,7 @@ def write_blinded_sheet(table: pd.DataFrame, folder: str | Path, seed: int) -> N
         key.append("policy_response" if soft_first else "reference_response")
         first, second = (soft, hard) if soft_first else (hard, soft)
         for column, text in enumerate((json.dumps(prompt, ensure_ascii=False), first, second), start=1):
-            cell = sheet.cell(row, column, ILLEGAL_CHARACTERS_RE.sub("", text) or "(no text)")
+            cell = sheet.cell(row, column, ILLEGAL_CHARACTERS.sub("", text) or "(no text)")
             # A reply that begins with "=" is text, not a formula.
             cell.data_type = "s"
             cell.alignment = Alignment(wrap_text=True, vertical="top")

@@ -234,7 +234,8 @@ class SingleStepPPOTrainer(Trainer):
                 raise RuntimeError(f"the loss is {loss.item()}: policy {pg_loss.item()}, value {vf_loss.item()}")
             norm = self._apply(loss)
             if first_pass:
-                self._check_first_pass(ratio, norm)
+                # Advantages of 0 (a sparse reward, say) have no gradient, and need none.
+                self._check_first_pass(ratio, norm, bool(rollout.advantages[index].any()))
             self._record("policy/clipfrac", clipped.float())
             self._record("loss/policy", pg_loss.detach())
             self._record("loss/value", vf_loss.detach())
@@ -246,7 +247,7 @@ class SingleStepPPOTrainer(Trainer):
         first = True
         for _ in range(self.args.num_ppo_epochs):
             order = torch.randperm(rows).to(self.accelerator.device)
-            for index in order.chunk(self.args.num_mini_batches):
+            for index in order.tensor_split(self.args.num_mini_batches):  # chunk may give fewer
                 yield index, first
                 first = False
 
@@ -282,8 +283,8 @@ class SingleStepPPOTrainer(Trainer):
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
 
-    def _check_first_pass(self, ratio: torch.Tensor, norm: float) -> None:
-        if self.state.global_step == 0 and norm == 0:
+    def _check_first_pass(self, ratio: torch.Tensor, norm: float, gradient_expected: bool) -> None:
+        if self.state.global_step == 0 and norm == 0 and gradient_expected:
             raise RuntimeError("the prefix has no gradient at the first update")
         self._record("val/ratio", ratio)
         error = (ratio - 1).abs().max().item()

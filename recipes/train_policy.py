@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         callbacks=[ReadableLog()],
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if args.resume_from_checkpoint else None)
+    if trainer.state.best_metric is None:  # nothing was evaluated: the last adapter is kept
+        trainer.save_model()
     trainer.save_state()
 
     ##########

@@ -1,0 +1,427 @@
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import sample_context
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import BertForSequenceClassification
+from trl import RewardTrainer
+
+from h2s.callbacks import PrefixGradientCheck, SelectByAccuracy
+from h2s.errors import InputError
+from h2s.preferences import load_preferences
+from h2s.prefix import load_base_model, load_config, load_tokenizer, load_weights, prefix_from_hard_prompt, soft_prefix
+from h2s.reward_model import (
+    PreferenceCollator,
+    RewardModel,
+    RewardModelConfig,
+    build_reward_model,
+    check_encoder,
+    context_text,
+    encode_pair,
+    max_text_tokens,
+    tokenize_preferences,
+)
+
+VIRTUAL = 4
+LIMIT = 64
+
+
+@pytest.fixture
+def bert_tokenizer(bert_folder):
+    return load_tokenizer(str(bert_folder))
+
+
+@pytest.fixture(scope="module")
+def loud_bert(bert_folder, tmp_path_factory):
+    """The tiny BERT with ten times its weights: as it is, all its scores are nearly the same."""
+    folder = tmp_path_factory.mktemp("models") / "loud-bert"
+    model = BertForSequenceClassification.from_pretrained(bert_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)
+    model.save_pretrained(folder)
+    load_tokenizer(str(bert_folder)).save_pretrained(folder)
+    return str(folder)
+
+
+def build_loud(loud_bert):
+    """With a head that is not drawn anew each time, and as loud."""
+    torch.manual_seed(0)
+    model = build_reward_model(loud_bert, VIRTUAL)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name and name.endswith("weight"):
+            parameter.data.normal_()
+    return model
+
+
+@pytest.fixture
+def bert(loud_bert):
+    return build_loud(loud_bert).eval()
+
+
+def tokens(tokenizer, encoded):
+    return tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+
+
+CONTEXTS = [sample_context(i) for i in range(9)]
+RESPONSES = [
+    "how was the walk?",
+    "i like tea.",
+    "a",
+    "song " * 30,
+    "?",
+    "I ran and ran.",
+    "rain",
+    "cat film",
+    "trip. " * 7,
+]
+
+
+# What BERT reads
+
+
+def test_context_is_its_contents_joined_by_newlines():
+    assert context_text(sample_context(0)) == "walk number 0\nwhat did you do?\nI ran."
+
+
+def test_layout_of_a_pair(bert_tokenizer):
+    """Every word here is one token of the vocabulary."""
+    encoded = encode_pair(bert_tokenizer, "walk tea", "book rain work", max_tokens=20)
+    assert tokens(bert_tokenizer, encoded) == ["[CLS]", "walk", "tea", "[SEP]", "book", "rain", "work", "[SEP]"]
+    assert encoded["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_layout_is_berts_own(bert_tokenizer):
+    """What the tokenizer makes of a pair by itself, where nothing is cut."""
+    for context, response in zip(map(context_text, CONTEXTS), RESPONSES, strict=True):
+        own = bert_tokenizer(context, response)
+        encoded = encode_pair(bert_tokenizer, context, response, 512)
+        assert encoded["input_ids"] == own.input_ids
+        assert encoded["token_type_ids"] == own.token_type_ids
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "context", "response", "cuts"),
+    [
+        (8, "walk tea", "book rain work", {}),
+        # One too long: the context loses its beginning.
+        (7, "tea", "book rain work", {"context": 1}),
+        # The context is gone, the response still whole.
+        (6, "", "book rain work", {"context": 1}),
+        # Only then the response loses its end.
+        (5, "", "book rain", {"context": 1, "response": 1}),
+    ],
+)
+def test_cut_rules(bert_tokenizer, max_tokens, context, response, cuts):
+    counted = Counter()
+    encoded = encode_pair(bert_tokenizer, "walk tea", "book rain work", max_tokens, counted)
+    assert tokens(bert_tokenizer, encoded) == ["[CLS]", *context.split(), "[SEP]", *response.split(), "[SEP]"]
+    assert len(encoded["input_ids"]) == len(encoded["token_type_ids"]) == max_tokens
+    assert +counted == Counter(cuts)
+
+
+def test_empty_context_is_not_counted_as_cut(bert_tokenizer):
+    counted = Counter()
+    encode_pair(bert_tokenizer, "", "book rain work", 5, counted)
+    assert +counted == Counter({"response": 1})
+
+
+def test_special_tokens_in_a_text_stay_text(bert_tokenizer):
+    encoded = encode_pair(bert_tokenizer, "[SEP] walk", "[CLS] [SEP]", 50)
+    special = {bert_tokenizer.sep_token_id, bert_tokenizer.cls_token_id}
+    ids = encoded["input_ids"]
+    assert [i for i, token in enumerate(ids) if token in special] == [
+        0,
+        encoded["token_type_ids"].index(1) - 1,
+        len(ids) - 1,
+    ]
+    assert ids.count(bert_tokenizer.sep_token_id) == 2 and ids.count(bert_tokenizer.cls_token_id) == 1
+
+
+def test_room_beside_the_prefix(bert_folder):
+    config = load_config(str(bert_folder))  # 128 positions
+    assert max_text_tokens(config, 20, None) == 108
+    assert max_text_tokens(config, 20, 108) == 108
+    for limit in (109, 4, 0):
+        with pytest.raises(InputError, match=r"max_tokens must lie between 5 and 108 .*got"):
+            max_text_tokens(config, 20, limit)
+
+
+def test_full_length_text_runs(bert, bert_tokenizer):
+    """The positions of prefix and text together are just enough."""
+    model = RewardModel(bert, bert_tokenizer, 128 - VIRTUAL)
+    score = model.score([[{"role": "user", "content": "walk " * 300}]], ["tea " * 20])
+    assert score.isfinite().all() and model.cuts["context"] == 1 and model.cuts["response"] == 0
+
+
+def test_reward_model_must_be_a_bert(gemma_folder, bert_folder):
+    check_encoder(load_config(str(bert_folder)), load_tokenizer(str(bert_folder)), "it")
+    with pytest.raises(InputError, match="it is a gemma3_text model: the reward model must be a BERT"):
+        check_encoder(load_config(str(gemma_folder)), load_tokenizer(str(gemma_folder)), "it")
+
+
+# Scores
+
+
+@torch.no_grad()
+def score_alone(model, tokenizer, context, response):
+    """One pair, unpadded, through PEFT's own forward, encoded by the tokenizer itself."""
+    return model(**tokenizer(context_text(context), response, return_tensors="pt")).logits.item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_batched_scores_equal_unpadded_ones_in_order(bert, bert_tokenizer, batch_size):
+    model = RewardModel(bert, bert_tokenizer, 128 - VIRTUAL, batch_size)
+    expected = [score_alone(bert, bert_tokenizer, c, r) for c, r in zip(CONTEXTS, RESPONSES, strict=True)]
+    assert max(expected) - min(expected) > 0.05 and len({round(e, 4) for e in expected}) == len(expected)
+    scores = model.score(CONTEXTS, RESPONSES)
+    assert scores.shape == (9,) and scores.dtype == torch.float32
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+    backwards = model.score(CONTEXTS[::-1], RESPONSES[::-1])
+    assert backwards.tolist() == pytest.approx(expected[::-1], abs=1e-5)
+    assert model(CONTEXTS, RESPONSES) == pytest.approx(expected, abs=1e-5)
+    assert not model.cuts["context"]
+
+
+def test_prefix_and_types_matter(bert, bert_tokenizer):
+    """The comparisons here can fail."""
+    before = score_alone(bert, bert_tokenizer, CONTEXTS[0], RESPONSES[0])
+    swapped = score_alone(bert, bert_tokenizer, [{"content": RESPONSES[0]}], context_text(CONTEXTS[0]))
+    with torch.no_grad():
+        soft_prefix(bert).neg_()
+    after = score_alone(bert, bert_tokenizer, CONTEXTS[0], RESPONSES[0])
+    assert abs(after - before) > 1e-3 and abs(swapped - before) > 1e-3
+
+
+PLAIN = """
+import json, sys
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+folder, pairs = json.load(sys.stdin)
+model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+with torch.no_grad():
+    scores = [model(**tokenizer(*pair, return_tensors="pt")).logits.item() for pair in pairs]
+assert "h2s" not in sys.modules
+json.dump(scores, sys.stdout)
+"""
+
+
+def test_plain_peft_scores_the_same(bert, bert_tokenizer, tmp_path):
+    RewardModel(bert, bert_tokenizer, LIMIT).save(tmp_path / "reward")
+    loaded = RewardModel.from_pretrained(str(tmp_path / "reward"))
+    assert loaded.max_tokens == LIMIT
+    short = [0, 1, 2, 4]
+    scores = loaded.score([CONTEXTS[i] for i in short], [RESPONSES[i] for i in short]).tolist()
+    assert scores == pytest.approx(
+        [score_alone(bert, bert_tokenizer, CONTEXTS[i], RESPONSES[i]) for i in short], abs=1e-5
+    )
+    pairs = [(context_text(CONTEXTS[i]), RESPONSES[i]) for i in short]
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN],
+        input=json.dumps([str(tmp_path / "reward"), pairs]),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == pytest.approx(scores, abs=1e-5)
+
+
+def test_saved_adapter_holds_prefix_and_head(bert, bert_tokenizer, tmp_path):
+    RewardModel(bert, bert_tokenizer, LIMIT).save(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(saved["prompt_embeddings"], soft_prefix(bert))
+    assert any("classifier" in name for name in saved)
+    assert sum(t.numel() for t in saved.values()) < 1000
+
+
+def test_policy_adapter_is_no_reward_model(gemma_folder, tmp_path):
+    model = prefix_from_hard_prompt(load_base_model(str(gemma_folder)), [2, 4, 6])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is not a reward adapter"):
+        RewardModel.from_pretrained(str(tmp_path))
+
+
+# Training
+
+
+def test_columns_of_the_tokenized_pairs(bert_tokenizer):
+    dataset = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": "walk"}], "chosen": "tea", "rejected": "rain cat"}]
+    )
+    cuts = Counter()
+    (row,) = tokenize_preferences(dataset, bert_tokenizer, 6, cuts)
+    names = {k: bert_tokenizer.convert_ids_to_tokens(v) for k, v in row.items() if not k.endswith("type_ids")}
+    assert names == {
+        "chosen_ids": ["[CLS]", "walk", "[SEP]", "tea", "[SEP]"],
+        "rejected_ids": ["[CLS]", "walk", "[SEP]", "rain", "cat", "[SEP]"],
+    }
+    assert row["chosen_type_ids"] == [0, 0, 0, 1, 1] and row["rejected_type_ids"] == [0, 0, 0, 1, 1, 1]
+    assert not +cuts
+
+
+def test_collator_puts_chosen_before_rejected(bert_tokenizer):
+    rows = [
+        {
+            "chosen_ids": [2, 5, 3],
+            "chosen_type_ids": [0, 0, 1],
+            "rejected_ids": [2, 6, 7, 3],
+            "rejected_type_ids": [0, 0, 1, 1],
+        },
+        {"chosen_ids": [2, 8], "chosen_type_ids": [0, 1], "rejected_ids": [2, 9], "rejected_type_ids": [0, 1]},
+    ]
+    batch = PreferenceCollator(bert_tokenizer)(rows)
+    assert batch["input_ids"].tolist() == [[2, 5, 3, 0], [2, 8, 0, 0], [2, 6, 7, 3], [2, 9, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0]]
+
+
+@pytest.fixture
+def build(loud_bert, bert_tokenizer, sheet_file, tmp_path):
+    """TRL's trainer as the recipe builds it, on a few pairs."""
+
+    def make(callbacks=(PrefixGradientCheck,), pairs=16, **settings):
+        model = build_loud(loud_bert)
+        dataset = load_preferences(str(sheet_file)).dataset.select(range(pairs))
+        rows = tokenize_preferences(dataset, bert_tokenizer, LIMIT, Counter())
+        settings = {
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+        } | settings
+        return RewardTrainer(
+            model=model,
+            args=RewardModelConfig(output_dir=str(tmp_path / "run"), **settings),
+            data_collator=PreferenceCollator(bert_tokenizer),
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=bert_tokenizer,
+            callbacks=[c() for c in callbacks],
+        )
+
+    return make
+
+
+def test_prefix_and_head_are_trained_and_nothing_else(build):
+    trainer = build()
+    model = trainer.model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = {n for n in before if "prompt_encoder" in n or ("classifier" in n and "original_module" not in n)}
+    trainer.train()
+    wrong = []
+    for name, parameter in model.named_parameters():
+        if name in trained and torch.equal(parameter, before[name]):
+            wrong.append(f"{name} did not move")
+        if name not in trained and not torch.equal(parameter, before[name]):
+            wrong.append(f"{name} moved")
+    assert wrong == []
+    assert len(trained) == 3 and sum("bert.encoder" in n for n in before) > 20
+    # Adam's first steps are about the learning rate long: the prefix got a real gradient.
+    assert (soft_prefix(model) - before[next(n for n in trained if "prompt_encoder" in n)]).abs().max() > 1e-3
+
+
+def test_loss_is_the_pairwise_logistic_loss(build, bert_tokenizer):
+    """One batch by hand: mean of ln(1 + exp(worse - better)), each score one pair at a time."""
+    trainer = build(pairs=4)
+    model = trainer.model.eval()
+    rows = list(trainer.train_dataset)
+    terms = []
+    with torch.no_grad():
+        for row in rows:
+            better, worse = (
+                model(
+                    input_ids=torch.tensor([row[f"{side}_ids"]]), token_type_ids=torch.tensor([row[f"{side}_type_ids"]])
+                ).logits.item()
+                for side in ("chosen", "rejected")
+            )
+            terms.append(math.log1p(math.exp(worse - better)))
+        loss = trainer.compute_loss(model, dict(PreferenceCollator(bert_tokenizer)(rows)))
+    assert max(terms) - min(terms) > 1e-4
+    assert loss.item() == pytest.approx(sum(terms) / 4, abs=1e-5)
+
+
+def test_prefix_alone_learns_a_rule(build):
+    """The reply that asks is better. With its head frozen BERT has only the prefix to learn with."""
+    trainer = build(
+        pairs=40, max_steps=60, per_device_train_batch_size=16, learning_rate=3e-2, lr_scheduler_type="constant"
+    )
+    for name, parameter in trainer.model.named_parameters():
+        if "classifier" in name:
+            parameter.requires_grad_(False)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert sum(losses[-5:]) / 5 < 0.5 * sum(losses[:5]) / 5, losses
+
+
+class CutThePrefix(PrefixGradientCheck):
+    """The check, after something has taken the prefix's gradient away."""
+
+    gradient = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        soft_prefix(model).grad = self.gradient and torch.zeros_like(soft_prefix(model))
+        super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
+
+
+class ZeroThePrefix(CutThePrefix):
+    gradient = "zero"
+
+
+@pytest.mark.parametrize("callback", [CutThePrefix, ZeroThePrefix])
+def test_a_prefix_without_gradient_ends_the_run(build, callback):
+    with pytest.raises(RuntimeError, match="the prefix has no gradient at the first step"):
+        build(callbacks=(callback,)).train()
+
+
+def test_gradient_checkpointing_is_refused(tmp_path):
+    with pytest.raises(InputError, match="gradient_checkpointing"):
+        RewardModelConfig(output_dir=str(tmp_path), gradient_checkpointing=True)
+    assert RewardModelConfig(output_dir=str(tmp_path)).gradient_checkpointing is not True
+
+
+def selection(accuracy, loss):
+    metrics = {"eval_accuracy": accuracy, "eval_loss": loss}
+    SelectByAccuracy().on_evaluate(None, None, None, metrics=metrics)
+    return metrics["eval_selection"]
+
+
+def test_selection_is_by_accuracy_then_by_loss():
+    assert selection(0.75, 0.5) == pytest.approx(0.75 - 5e-7, abs=1e-12)
+    # One pair more of a thousand outweighs any loss; a tie goes to the lower loss.
+    assert selection(0.751, 50.0) > selection(0.75, 0.01)
+    assert selection(1.0, 0.1) > selection(1.0, 0.2)
+
+
+def test_best_epoch_is_by_selection(build):
+    """Accuracy ties at every evaluation; the lowest loss wins, which is not the last."""
+    losses = iter([0.4, 0.1, 0.3])
+
+    class Course(SelectByAccuracy):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics |= {"eval_accuracy": 1.0, "eval_loss": next(losses)}
+            super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
+
+    trainer = build(
+        callbacks=(Course,), max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    at_last = soft_prefix(trainer.model).detach().clone()
+    load_weights(trainer.model, trainer.state.best_model_checkpoint)
+    assert not torch.equal(soft_prefix(trainer.model), at_last)

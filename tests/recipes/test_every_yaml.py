@@ -1,0 +1,182 @@
+"""Every YAML under recipes/ is parsed into its recipe's dataclasses and run, tiny models in place of the named ones."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT
+
+from h2s import PrefixTuningPolicyModel, model_card
+from h2s.errors import InputError
+from h2s.preferences import load_preferences
+
+RECIPES = {
+    "convert": "convert_prompt",
+    "reward": "train_reward",
+    "policy": "train_policy",
+    "compare": "compare",
+}
+YAMLS = sorted((ROOT / "recipes").glob("*/*.yaml"))
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "h2s.json", "README.md", "recipe.yaml"}
+SMALL = {
+    "convert": [],
+    "reward": ["--num_train_epochs", "1", "--max_tokens", "90"],
+    "policy": ["--max_steps", "2", "--num_train_epochs", "1", "--max_completion_length", "6"],
+    "compare": ["--max_completion_length", "6"],
+}
+
+
+def run(recipe: str, *argv: object) -> None:
+    spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(a) for a in argv])
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(bert_folder, sheet_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reward")
+    quiet = ["--report_to", "none", "--num_train_epochs", 2]
+    run("train_reward", "--reward_model_name_or_path", bert_folder, "--path", sheet_file, "--output_dir", out,
+        "--run_name", "r", *quiet)  # fmt: skip
+    return out / "r"
+
+
+@pytest.fixture(scope="module")
+def assistant_first(tmp_path_factory, contexts_file):
+    """Contexts that begin with the assistant, for recipes with an opening user message."""
+    items = json.loads(contexts_file.read_text())
+    for i, item in enumerate(items):
+        item["context"] = [{"role": "assistant", "content": f"question {i}?"}, item["context"][0]]
+    file = tmp_path_factory.mktemp("data") / "assistant_first.json"
+    file.write_text(json.dumps(items))
+    return file
+
+
+@pytest.fixture(scope="module")
+def policy_adapter(gemma_folder, tmp_path_factory):
+    """A converted prompt for conversations that begin with the assistant."""
+    out = tmp_path_factory.mktemp("policy")
+    run("convert_prompt", "--model_name_or_path", gemma_folder, "--hard_prompt", "You are a kind helper.",
+        "--opening_user_message", "start", "--output_dir", out, "--run_name", "p")  # fmt: skip
+    return out / "p"
+
+
+@pytest.mark.parametrize("file", YAMLS, ids=lambda f: f"{f.parent.name}/{f.name}")
+def test_yaml_runs(file, gemma_folder, bert_folder, sheet_file, contexts_file, assistant_first, reward_adapter,
+                   policy_adapter, tmp_path):  # fmt: skip
+    recipe = RECIPES[file.stem]
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    flags = ["--config", file, "--output_dir", tmp_path, "--run_name", "run", *SMALL[file.stem]]
+    if file.stem in ("convert", "policy"):
+        flags += ["--model_name_or_path", gemma_folder, "--dtype", "float32"]
+        assert content["model"].get("dtype") == ("bfloat16" if "gemma-3-1b-it" in str(file) else None)
+    if file.stem in ("reward", "policy"):
+        flags += ["--report_to", "none"]
+    if file.stem == "reward":
+        flags += ["--reward_model_name_or_path", bert_folder, "--path", sheet_file]
+    if file.stem == "policy":
+        assert len(json.loads(contexts_file.read_text())) == 40  # 28 or so train: a whole iteration of 24 fits
+        opening = "opening_user_message" in content["model"]
+        flags += ["--path", assistant_first if opening else contexts_file, "--reward_adapter", reward_adapter]
+    if file.stem == "compare":
+        flags += ["--policy_adapter", policy_adapter, "--reward_adapter", reward_adapter, "--path", assistant_first]
+    run(recipe, *flags)
+    names = {f.name for f in (tmp_path / "run").iterdir()}
+    assert {"recipe.yaml", "train.log"} <= names
+    if file.stem == "compare":
+        assert len([n for n in names if n.endswith(".xlsx")]) == 1 and len([n for n in names if "key" in n]) == 1
+    else:
+        assert names >= ADAPTER
+    if file.stem == "policy":
+        assert names >= {"value_head.safetensors", "trainer_state.json", "completions"}
+        assert list((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))
+    assert not list((tmp_path / "run").rglob("training_args.bin"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda f: f.name)
+def test_accelerate_reads_its_configs(file):
+    assert load_config_from_file(str(file)).num_processes >= 1
+
+
+def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_folder, tmp_path):
+    """The next round's judgements come from the blinded sheet."""
+    import openpyxl
+
+    run("compare", "--policy_adapter", policy_adapter, "--path", assistant_first, "--split", "all",
+        "--max_completion_length", 6, "--temperature", 1, "--output_dir", tmp_path, "--run_name", "c")  # fmt: skip
+    (sheet,) = (tmp_path / "c").glob("*.xlsx")
+    with pytest.raises(InputError, match="human_eval"):
+        load_preferences(str(sheet))
+    book = openpyxl.load_workbook(sheet)
+    for row in range(2, book.worksheets[0].max_row + 1):
+        book.worksheets[0].cell(row, 4, row % 2)
+    book.save(tmp_path / "judged.xlsx")
+    run("train_reward", "--reward_model_name_or_path", bert_folder, "--path", tmp_path / "judged.xlsx", "--report_to",
+        "none", "--num_train_epochs", 1, "--output_dir", tmp_path, "--run_name", "r2")  # fmt: skip
+    assert (tmp_path / "r2" / "adapter_model.safetensors").is_file()
+
+
+def test_policy_goes_on_from_an_adapter(policy_adapter, assistant_first, reward_adapter, tmp_path):
+    """The reference stays the hard prompt of the adapter's h2s.json, and is not saved."""
+    run("train_policy", "--prefix_adapter", policy_adapter, "--reward_adapter", reward_adapter, "--path",
+        assistant_first, "--max_steps", 1, "--per_device_train_batch_size", 4, "--max_completion_length", 5,
+        "--report_to", "none", "--output_dir", tmp_path, "--run_name", "p")  # fmt: skip
+    before, after = (json.loads((f / "h2s.json").read_text()) for f in (policy_adapter, tmp_path / "p"))
+    assert before == after and after["hard_prompt"] == "You are a kind helper."
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]).is_absolute()
+
+
+def test_generate_replies_and_chats(policy_adapter, capsys, monkeypatch):
+    conversation = [{"role": "assistant", "content": "how was it?"}, {"role": "user", "content": "good walk"}]
+    flags = ["--policy_adapter", policy_adapter, "--max_completion_length", 5, "--temperature", 0]
+    run("generate", *flags, "--conversation", json.dumps(conversation))
+    reply = capsys.readouterr().out
+    lines = iter(["how was it?", "good walk", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    run("generate", *flags)
+    assert f"assistant: {reply.strip()}" in capsys.readouterr().out  # greedy: the chat's first reply is the same
+
+
+def test_the_prototypes_call(policy_adapter, gemma_folder, tmp_path):
+    policy = PrefixTuningPolicyModel.from_pretrained(str(policy_adapter))
+    history = [{"role": "user", "content": [{"type": "text", "text": "good walk"}]}]
+    answered = policy.generate_response(asked_question="how?", conversation_history=history, temperature=0.7)
+    assert answered[:-1] == history and answered[-1]["role"] == "assistant"
+    assert answered[-1]["content"][0].keys() == {"type", "text"}
+
+    run("convert_prompt", "--model_name_or_path", gemma_folder, "--hard_prompt", "Be kind.", "--output_dir", tmp_path,
+        "--run_name", "p")  # fmt: skip
+    without = PrefixTuningPolicyModel.from_pretrained(str(tmp_path / "p"))
+    with pytest.raises(InputError, match="opening_user_message"):
+        without.generate_response(asked_question="how?", conversation_history=history)
+
+
+def test_push_uploads_the_adapter_and_its_card_last(gemma_folder, tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(("token", token))
+
+        def create_repo(self, name, private, exist_ok):
+            calls.append(("repo", name, private))
+            return type("Url", (str,), {"repo_id": name})(name)
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns, **kwargs):
+            calls.append(("upload", allow_patterns))
+
+    monkeypatch.setattr(model_card, "HfApi", Api)
+    run("convert_prompt", "--model_name_or_path", gemma_folder, "--hard_prompt", "Be kind.", "--output_dir", tmp_path,
+        "--run_name", "p", "--push_to_hub", "true", "--hub_model_id", "me/kind", "--hub_private_repo", "true",
+        "--hub_token", "secret")  # fmt: skip
+    assert calls[:2] == [("token", "secret"), ("repo", "me/kind", True)]
+    first, last = calls[2][1], calls[3][1]
+    assert last == ["README.md"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "h2s.json"} <= set(first)
+    assert not any(p.endswith((".bin", ".pt", ".pth", ".pkl")) or "*" in p for p in first)
+    assert "secret" not in "".join(f.read_text() for f in (tmp_path / "p").glob("*.*") if f.suffix in (".yaml", ".log"))

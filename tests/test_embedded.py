@@ -1,0 +1,121 @@
+"""The real embedded models: run by `python -m pytest -m embedded` (some minutes)."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from h2s.chat_prefix import ChatPrefix, encode_prompts
+from h2s.embedded import resolve
+from h2s.prefix import add_hard_prompt, load_base_model, load_tokenizer, prefix_from_hard_prompt
+from h2s.rollout import Batch, Sampling, generate, stop_token_ids
+from h2s.value_head import PolicyWithValueHead
+
+pytestmark = pytest.mark.embedded
+SENTENCE = "You are a friendly person who likes to ask short questions about what people did today. "
+CONTEXTS = [
+    [{"role": "user", "content": "I went hiking today."}],
+    [{"role": "user", "content": "今天天氣很好，我去公園散步，還遇到了老朋友。"}],
+    [
+        {"role": "user", "content": "I cooked a large pot of soup for all of my neighbours."},
+        {"role": "assistant", "content": "That is kind."},
+        {"role": "user", "content": "They liked it!"},
+    ],
+]
+PLAIN_PEFT = """
+import json, sys
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+adapter, base_folder, opening, conversation = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(adapter), AutoTokenizer.from_pretrained(adapter)
+base, stock = AutoModelForCausalLM.from_pretrained(base_folder), AutoTokenizer.from_pretrained(base_folder)
+ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+whole = stock.apply_chat_template(opening + conversation, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    soft, hard = model(ids).logits[0], base(whole).logits[0, -ids.shape[1]:]
+said = pipeline("text-generation", model=model, tokenizer=tokenizer)(
+    conversation, max_new_tokens=12, do_sample=False)[0]["generated_text"][-1]["content"]
+expected = pipeline("text-generation", model=base, tokenizer=stock)(
+    opening + conversation, max_new_tokens=12, do_sample=False)[0]["generated_text"][-1]["content"]
+print("RESULT", json.dumps({"difference": (soft - hard).abs().max().item(), "said": said, "expected": expected,
+                            "h2s": "h2s" in sys.modules, "prefix": whole.shape[1] - ids.shape[1]}))
+"""
+
+
+def run(recipe, *argv):
+    spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(a) for a in argv])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores():
+    """conftest gives the tiny models one thread; these gain by two."""
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "opening"), [(6, None), (34, None), (6, "start")], ids=["100", "over 512", "opening"]
+)
+def test_converted_prompt_is_the_hard_prompt_for_plain_peft(sentences, opening, tmp_path):
+    flags = [] if opening is None else ["--opening_user_message", opening]
+    run("convert_prompt", "--model_name_or_path", "embedded:gemma-3-270m", "--hard_prompt", SENTENCE * sentences,
+        "--output_dir", tmp_path, "--run_name", "p", *flags)  # fmt: skip
+    prefix = ChatPrefix.load(tmp_path / "p")
+    conversation = CONTEXTS[0] if opening is None else [{"role": "assistant", "content": "How are you?"}, *CONTEXTS[0]]
+    arguments = [tmp_path / "p", resolve("embedded:gemma-3-270m"), prefix.opening_messages, conversation]
+    arguments = [json.dumps(a) if isinstance(a, list) else str(a) for a in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_PEFT, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.split("RESULT", 1)[1])
+    assert not result["h2s"]
+    assert result["prefix"] == len(prefix.token_ids) and (result["prefix"] > 512) == (sentences == 34)
+    assert result["difference"] < 1e-3
+    assert result["said"] == result["expected"]
+
+
+def test_first_pass_ratio_is_one_and_replies_end():
+    source = resolve("embedded:gemma-3-270m")
+    tokenizer = load_tokenizer(source)
+    from h2s.chat_prefix import chat_prefix, wrap_chat_template
+
+    prefix = chat_prefix(tokenizer, SENTENCE)
+    wrap_chat_template(tokenizer, prefix)
+    model = prefix_from_hard_prompt(load_base_model(source, dtype="float32"), prefix.token_ids)
+    add_hard_prompt(model, prefix.token_ids)
+    prompts = encode_prompts(tokenizer, prefix, CONTEXTS)
+    stops = stop_token_ids(model, tokenizer)
+    torch.manual_seed(0)
+    completions = generate(model, prompts, Sampling(40), stops, tokenizer.pad_token_id)
+    assert sum(c[-1] in stops for c in completions) >= 2  # the newline ends a turn of the transcript
+    batch = Batch.from_rows(prompts, completions, tokenizer.pad_token_id, model.device)
+    policy = PolicyWithValueHead(model)
+    scored = policy.score(batch, num_parts=3)  # a row at a time, unpadded
+    logps, _, _ = policy(batch.input_ids, batch.attention_mask, batch.completion_mask)  # ragged and padded
+    ratio = (logps.detach() - scored.logps).sum(1).exp()
+    assert (ratio - 1).abs().max() < 1e-4
+    assert (scored.logps - scored.ref_logps).abs().max() < 1e-3
+
+
+def test_reward_learns_the_sample_sheet_and_policy_runs_on_it(tmp_path):
+    run("train_reward", "--config", ROOT / "recipes" / "embedded" / "reward.yaml", "--output_dir", tmp_path,
+        "--run_name", "r", "--report_to", "none")  # fmt: skip
+    log = (tmp_path / "r" / "train.log").read_text(encoding="utf-8")
+    accuracy = float(re.search(r"accuracy on held-out conversations: ([\d.]+)", log)[1])
+    assert accuracy >= 0.9
+    run("train_policy", "--config", ROOT / "recipes" / "embedded" / "policy.yaml", "--reward_adapter", tmp_path / "r",
+        "--max_steps", 1, "--per_device_train_batch_size", 4, "--max_completion_length", 8, "--output_dir", tmp_path,
+        "--run_name", "p", "--report_to", "none", "--value_warmup_batches", 0)  # fmt: skip
+    (line,) = [r for r in json.loads((tmp_path / "p" / "trainer_state.json").read_text())["log_history"] if "loss" in r]
+    assert abs(line["val/ratio"] - 1) < 1e-4 and line["policy/grad_norm"] > 0 and abs(line["objective/kl"]) < 1e-2

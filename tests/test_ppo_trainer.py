@@ -279,7 +279,7 @@ def test_updates_end_when_the_policy_has_moved_too_far(build):
 
 
 def test_target_kl_of_zero_still_makes_the_first_pass(build):
-    trainer = build(max_steps=1, target_kl=0.0, num_ppo_epochs=3, value_warmup_batches=0)
+    trainer = build(max_steps=1, target_kl=0.0, num_ppo_epochs=3, num_mini_batches=2, value_warmup_batches=0)
     trainer.train()
     assert adam_steps(trainer) == (1, 1)
 
@@ -462,11 +462,10 @@ def test_a_simple_reward_rises(build, ratio_norm):
     assert scores[0] < 0.5 and sum(scores[-5:]) / 5 > 0.8, scores
 
 
-@pytest.mark.parametrize("num_mini_batches", [1, 2])
-def test_same_seed_gives_the_same_bytes(build, num_mini_batches):
+def test_same_seed_gives_the_same_bytes(build):
     prefixes, heads = [], []
     for folder, seed in (("a", 42), ("b", 42), ("c", 43)):
-        trainer = build(folder=folder, max_steps=2, seed=seed, num_mini_batches=num_mini_batches)
+        trainer = build(folder=folder, max_steps=2, seed=seed, num_mini_batches=2)
         trainer.train()
         trainer._save(trainer.args.output_dir)
         prefixes.append((Path(trainer.args.output_dir) / "adapter_model.safetensors").read_bytes())
@@ -549,10 +548,17 @@ def test_best_adapter_is_at_the_root_and_never_the_starting_one(build):
 
 def test_an_evaluation_before_training_is_no_candidate(build):
     """The starting prefix is as good as the hard prompt, and all that follows is worse."""
-    trainer = build(Course([0.0, -4.0]), max_steps=1, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    rooted = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            rooted.append((Path(args.output_dir) / "adapter_model.safetensors").exists())
+
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    trainer = build(Course([0.0, -4.0]), [Watch()], **settings)
     start = prefix_of(trainer)
     trainer.train()
-    assert logged(trainer, "eval_reward_difference") == [0, -4]
+    assert logged(trainer, "eval_reward_difference") == [0, -4] and rooted == [False]
     assert torch.equal(saved_prefix(trainer.args.output_dir), prefix_of(trainer))
     assert not torch.equal(prefix_of(trainer), start)
 

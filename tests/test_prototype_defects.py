@@ -1,5 +1,6 @@
 """One test a defect of the prototype, named after it: each fails if the defect comes back."""
 
+import ast
 from pathlib import Path
 
 import pytest

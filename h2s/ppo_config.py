@@ -102,6 +102,24 @@ class SingleStepPPOConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
 
+    def check_run(self, contexts: int) -> None:
+        """Whether this machine and this many training contexts can run these settings.
+
+        Raises:
+            InputError: one process sees several CUDA devices, or the contexts do not fill an iteration.
+        """
+        if self.n_gpu > 1:
+            raise InputError(
+                f"one process sees {self.n_gpu} CUDA devices: start it with accelerate launch, or show it one by "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        needed = self.per_device_train_batch_size * self.world_size
+        if contexts < needed:
+            raise InputError(
+                f"{contexts} contexts train, fewer than the {needed} of one iteration: lower "
+                "per_device_train_batch_size or add contexts"
+            )
+
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
     if not holds:

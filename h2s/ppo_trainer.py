@@ -24,7 +24,6 @@ from trl.models import unwrap_model_for_generation
 
 from h2s.callbacks import EvaluateLastStep
 from h2s.chat_prefix import ChatPrefix
-from h2s.errors import InputError
 from h2s.evaluation import RewardFunction, add_scores, answer_both, summarise
 from h2s.ppo_config import SingleStepPPOConfig
 from h2s.ppo_loss import (
@@ -94,12 +93,7 @@ class SingleStepPPOTrainer(Trainer):
         reward: RewardFunction,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        contexts = args.per_device_train_batch_size * args.world_size
-        if len(train_dataset) < contexts:
-            raise InputError(
-                f"{len(train_dataset)} contexts train, fewer than the {contexts} of one iteration: lower "
-                "per_device_train_batch_size or add contexts"
-            )
+        args.check_run(len(train_dataset))
         self.policy = model
         self.prefix = prefix
         self.reward = reward
@@ -215,8 +209,8 @@ class SingleStepPPOTrainer(Trainer):
                 approx_kl_per_token(logps, old_logps, mask).mean().detach(), reduction="mean"
             ).item()
             self._metrics["policy/approxkl"].append(approx_kl)
-            # The same number on every rank, so all leave together.
-            if self.args.target_kl is not None and approx_kl > self.args.target_kl:
+            # The same number on every rank, so all leave together. The first pass differs by rounding alone.
+            if not first_pass and self.args.target_kl is not None and approx_kl > self.args.target_kl:
                 self._metrics["policy/early_stop"].append(1.0)
                 break
             pg_loss, ratio, clipped = policy_loss(

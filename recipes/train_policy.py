@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     prompt_ids = encode_prompts(tokenizer, prefix, contexts["prompt"], room)
     contexts = contexts.add_column("prompt_ids", prompt_ids)
     parts = split_by_conversation(contexts, data_args.split_seed, data_args.test_size)
+    args.check_run(len(parts["train"]))
 
     #########
     # Model #

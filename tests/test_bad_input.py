@@ -518,3 +518,8 @@ def test_run_folder_that_exists(refused, tmp_path, name):
     line = refused(name, task={"run_name": "first"}, files=2)
     says(line, "first exists", "choose another run_name")
     assert (folder / "adapter_config.json").read_text(encoding="utf-8") == "{}"
+
+
+def test_too_few_contexts_for_an_iteration(refused):
+    line = refused("train_policy", task={"per_device_train_batch_size": 1000})
+    says(line, "fewer than the 1000 of one iteration", "lower per_device_train_batch_size")

@@ -26,6 +26,7 @@ INPUT_PATHS = (
     "prefix_adapter",
     "policy_adapter",
     "reward_adapter",
+    "judge_adapter",
 )
 
 
@@ -55,6 +56,7 @@ class PolicyModelArguments(HardPromptArguments):
 
     prefix_adapter: str | None = _data("A prefix adapter to go on from; the reference stays its hard prompt.")
     reward_adapter: str | None = _data("A reward adapter made by train_reward.py.")
+    judge_adapter: str | None = _data("A second one, made from other conversations, that selects and reports.")
 
 
 @dataclass
@@ -78,6 +80,7 @@ class CompareModelArguments(AdapterArguments):
     """A trained policy, and a reward model to score it."""
 
     reward_adapter: str | None = _data("A reward adapter that scores both sides; none: no scores.")
+    judge_adapter: str | None = _data("A second one, that the policy was not trained on.")
 
 
 @dataclass

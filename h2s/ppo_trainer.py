@@ -77,6 +77,7 @@ class SingleStepPPOTrainer(Trainer):
         processing_class: the adapter's tokenizer, with the wrapped chat template.
         prefix: what the adapter's `h2s.json` says.
         reward: TRL's reward-function signature, (prompts, completions) -> one number each.
+        judge: the same, but never trained on: where there is one, it selects the best adapter.
         callbacks: further Trainer callbacks.
 
     The best adapter so far lies at the root of `args.output_dir` at any time. The starting prefix is never a candidate.
@@ -91,12 +92,16 @@ class SingleStepPPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         prefix: ChatPrefix,
         reward: RewardFunction,
+        judge: RewardFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         args.check_run(len(train_dataset))
         self.policy = model
         self.prefix = prefix
         self.reward = reward
+        self.judges = {"reward": reward} if judge is None else {"reward": reward, "judge": judge}
+        if judge is not None and args.metric_for_best_model == "reward_difference":
+            args.metric_for_best_model = "judge_difference"
         self.sampling = Sampling(args.max_completion_length, args.temperature)
         self.stop_ids = stop_token_ids(model.model, processing_class)
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -293,19 +298,22 @@ class SingleStepPPOTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, world = self.args.process_index, self.args.world_size
         mine = rows.select(range(rank, len(rows), world)) if world > 1 else rows
-        table = answer_both(
-            self.policy.model,
-            self.processing_class,
-            mine,
-            self.sampling,
-            self.args.per_device_eval_batch_size,
-            self.args.seed + rank,
-            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-        )
-        add_scores(table, "reward", self.reward)
+        table = pd.DataFrame()
+        if len(mine):  # few contexts may leave a rank without one
+            table = answer_both(
+                self.policy.model,
+                self.processing_class,
+                mine,
+                self.sampling,
+                self.args.per_device_eval_batch_size,
+                self.args.seed + rank,
+                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+            )
+            for name, judge in self.judges.items():
+                add_scores(table, name, judge)
         if world > 1:
             table = pd.DataFrame.from_records(gather_object(table.to_dict("records")))
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in summarise(table).items()}
+        metrics = {f"{metric_key_prefix}_{k}": v for name in self.judges for k, v in summarise(table, name).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_in_train and self.state.global_step > 0 and self._is_best(metrics):

@@ -40,8 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     contexts = contexts.add_column("prompt_ids", prompt_ids)
     if data_args.split == "test":
         contexts = split_by_conversation(contexts, data_args.split_seed, data_args.test_size)["test"]
-    if model_args.reward_adapter is not None:
-        read_adapter_config(adapter_folder(model_args.reward_adapter), TaskType.SEQ_CLS)
+    scorers = {"reward": model_args.reward_adapter, "judge": model_args.judge_adapter}
+    scorers = {name: adapter_folder(folder) for name, folder in scorers.items() if folder is not None}
+    for folder in scorers.values():
+        read_adapter_config(folder, TaskType.SEQ_CLS)
 
     ###########
     # Compare #
@@ -53,15 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     add_hard_prompt(policy.model, prefix.token_ids)
     sampling = Sampling(args.max_completion_length, args.temperature, args.top_k, args.top_p)
     table = answer_both(policy.model, tokenizer, contexts, sampling, args.batch_size, args.seed)
-    names = []
-    if model_args.reward_adapter is not None:
-        add_scores(table, "reward", RewardModel.from_pretrained(model_args.reward_adapter, policy.model.device))
-        names = ["reward"]
+    for name, scorer in scorers.items():
+        add_scores(table, name, RewardModel.from_pretrained(scorer, policy.model.device))
 
     ##########
     # Report #
     ##########
-    text = report(table, names)
+    text = report(table, list(scorers))
     logger.info("soft against hard, temperature %g:\n%s", args.temperature, text)
     (folder / "README.md").write_text(f"# Soft against hard\n\n{text}\n", encoding="utf-8")
     table.to_parquet(folder / "replies.parquet")

@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     contexts = load_contexts(need(data_args.path, "path", "dataset"))
     source, revision, tokenizer, prefix = find_prefix(model_args)
     read_adapter_config(adapter_folder(need(model_args.reward_adapter, "reward_adapter", "model")), TaskType.SEQ_CLS)
+    if model_args.judge_adapter is not None:
+        read_adapter_config(adapter_folder(model_args.judge_adapter), TaskType.SEQ_CLS)
     prefix_ids = prefix.token_ids
     room = room_for_text(load_config(source, revision), len(prefix_ids)) - args.max_completion_length
     prompt_ids = encode_prompts(tokenizer, prefix, contexts["prompt"], room)
@@ -84,6 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     if model_args.prefix_adapter is not None:
         load_weights(model, adapter_folder(model_args.prefix_adapter))
     reward = RewardModel.from_pretrained(str(model_args.reward_adapter), args.device)
+    judge = None
+    if model_args.judge_adapter is not None:
+        judge = RewardModel.from_pretrained(model_args.judge_adapter, args.device)
 
     ############
     # Training #
@@ -96,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         prefix=prefix,
         reward=reward,
+        judge=judge,
         callbacks=[ReadableLog()],
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if args.resume_from_checkpoint else None)
@@ -110,10 +116,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     load_weights(model, folder)
     table = answer_both(model, tokenizer, parts["test"], trainer.sampling, args.per_device_eval_batch_size, args.seed)
-    add_scores(table, "reward", reward)
-    measured = report(table, ["reward"])
+    for name, scorer in trainer.judges.items():
+        add_scores(table, name, scorer)
+    measured = report(table, list(trainer.judges))
     logger.info("soft against hard on contexts that nothing was chosen by:\n%s", measured)
     logger.info("(the reward is the one that was trained on: it shows movement, not what people like)")
+    if judge is None:
+        logger.info("(no judge_adapter: nothing independent has judged this)")
     if reward.cuts:
         logger.info(
             "the reward model cut %d contexts and %d responses", reward.cuts["context"], reward.cuts["response"]

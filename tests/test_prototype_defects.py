@@ -342,7 +342,6 @@ def test_eval_on_log_lines():
 # What is reported
 
 
-@pytest.mark.xfail(strict=True, reason="judge_adapter, a second reward model that nothing is trained on, is not built")
 def test_same_reward_model_as_signal_and_judge():
     assert "judge_adapter" in PolicyModelArguments.__dataclass_fields__
     assert "judge_adapter" in CompareModelArguments.__dataclass_fields__

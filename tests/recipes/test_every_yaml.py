@@ -131,6 +131,22 @@ def test_policy_goes_on_from_an_adapter(policy_adapter, assistant_first, reward_
     assert Path(config["base_model_name_or_path"]).is_absolute()
 
 
+def test_a_judge_selects_and_reports(gemma_folder, bert_folder, sheet_file, contexts_file, reward_adapter, tmp_path):
+    """With a judge the best step is the one that it prefers, whatever the reward says; both are reported."""
+    quiet = ["--report_to", "none", "--output_dir", tmp_path]
+    run("train_reward", "--reward_model_name_or_path", bert_folder, "--path", sheet_file, "--split_seed", 7,
+        "--num_train_epochs", 1, "--run_name", "judge", *quiet)  # fmt: skip
+    run("train_policy", "--model_name_or_path", gemma_folder, "--hard_prompt", "Be kind.", "--path", contexts_file,
+        "--reward_adapter", reward_adapter, "--judge_adapter", tmp_path / "judge", "--max_steps", 3, "--eval_steps", 1,
+        "--learning_rate", 0.3, "--per_device_train_batch_size", 4, "--max_completion_length", 6, "--run_name", "p",
+        *quiet)  # fmt: skip
+    state = json.loads((tmp_path / "p" / "trainer_state.json").read_text())
+    lines = [r for r in state["log_history"] if "eval_judge_difference" in r]
+    assert len(lines) == 3 and all("eval_reward_difference" in r for r in lines)
+    assert state["best_metric"] == max(r["eval_judge_difference"] for r in lines)
+    assert "| judge |" in (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
+
+
 def test_generate_replies_and_chats(policy_adapter, capsys, monkeypatch):
     conversation = [{"role": "assistant", "content": "how was it?"}, {"role": "user", "content": "good walk"}]
     flags = ["--policy_adapter", policy_adapter, "--max_completion_length", 5, "--temperature", 0]

@@ -17,7 +17,7 @@ from h2s.errors import exits_on_bad_input
 HERE = Path(__file__).parent
 OUTPUTS = Path("outputs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
 # Few and short: a policy run of minutes.
-SHORT = ["--max_steps", "6", "--per_device_train_batch_size", "12", "--max_completion_length", "16"]
+SHORT = ["--max_steps", "6", "--per_device_train_batch_size", "12"]
 STAGES = {
     "convert": ("convert_prompt.py", "the hard prompt as a soft prefix equal to it", []),
     "reward": ("train_reward.py", "a reward model learns the judgements", []),
@@ -25,7 +25,7 @@ STAGES = {
     "compare": (
         "compare.py",
         "soft against hard, and a blinded sheet",
-        ["--policy_adapter", "{out}/policy", "--reward_adapter", "{out}/reward", "--max_completion_length", "16"],
+        ["--policy_adapter", "{out}/policy", "--reward_adapter", "{out}/reward"],
     ),
 }
 

@@ -9,7 +9,6 @@ checkpoint always lies between iterations.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +36,12 @@ from h2s.ppo_loss import (
     whiten,
 )
 from h2s.prefix import load_weights, save_adapter, soft_prefix
-from h2s.rollout import Batch, Sampling, decode, generate, stop_token_ids
+from h2s.rollout import Batch, Rollout, Sampling, decode, generate, stop_token_ids
 from h2s.value_head import PolicyWithValueHead
 
 VALUE_WARMUP_UPDATES = 20
 # How far the first pass's ratio may lie from 1: float32 sums differ by 1e-5, bf16 ones by more.
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What one iteration learns from; B responses on this process.
-
-    Attributes:
-        batch: the right-padded rows.
-        old_logps: log-probabilities when sampled, (B, T).
-        returns: score minus KL and penalties, (B,).
-        advantages: whitened returns minus values, (B,).
-        mean_length: completion tokens on average over all processes.
-        last_prompt: hidden states of the last prompt positions, (B, H).
-    """
-
-    batch: Batch
-    old_logps: torch.Tensor
-    returns: torch.Tensor
-    advantages: torch.Tensor
-    mean_length: float
-    last_prompt: torch.Tensor
 
 
 class SingleStepPPOTrainer(Trainer):

@@ -78,6 +78,27 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """What one iteration learns from; B responses on this process.
+
+    Attributes:
+        batch: the right-padded rows.
+        old_logps: log-probabilities when sampled, (B, T).
+        returns: score minus KL and penalties, (B,).
+        advantages: whitened returns minus values, (B,).
+        mean_length: completion tokens on average over all processes.
+        last_prompt: hidden states of the last prompt positions, (B, H).
+    """
+
+    batch: Batch
+    old_logps: torch.Tensor
+    returns: torch.Tensor
+    advantages: torch.Tensor
+    mean_length: float
+    last_prompt: torch.Tensor
+
+
 def stop_token_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a reply: the generation config's eos ids, the tokenizer's, and Gemma's end of a turn."""
     listed = model.generation_config.eos_token_id

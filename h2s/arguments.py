@@ -27,6 +27,7 @@ INPUT_PATHS = (
     "policy_adapter",
     "reward_adapter",
     "judge_adapter",
+    "judged",
 )
 
 
@@ -56,6 +57,7 @@ class PolicyModelArguments(HardPromptArguments):
 
     prefix_adapter: str | None = _data("A prefix adapter to go on from; the reference stays its hard prompt.")
     reward_adapter: str | None = _data("A reward adapter made by train_reward.py.")
+    reward_function: str | None = _data("In its place: a Python callable of TRL's signature, package.module.function.")
     judge_adapter: str | None = _data("A second one, made from other conversations, that selects and reports.")
 
 
@@ -98,10 +100,23 @@ class DatasetArguments:
 
 
 @dataclass
+class RewardDatasetArguments(DatasetArguments):
+    """The judgements, how they are split, and what is measured on them."""
+
+    folds: int | None = field(
+        default=None, metadata={"help": "Cross-validate over this many folds by conversation first (5, say)."}
+    )
+    judge_share: float | None = field(
+        default=None, metadata={"help": "Share of the conversations that a second model, the judge, gets (0.5, say)."}
+    )
+
+
+@dataclass
 class CompareDatasetArguments(DatasetArguments):
-    """The contexts and which of them are compared."""
+    """The contexts and which of them are compared; or a sheet that people have filled in."""
 
     split: Literal["test", "all"] = field(default="test", metadata={"help": "The held-out part, or all contexts."})
+    judged: str | None = _data("A blinded sheet of this recipe's, filled in: report people's verdict, run nothing.")
 
 
 @dataclass
@@ -147,6 +162,20 @@ class GenerateArguments(RunArguments):
             raise InputError("max_completion_length and batch_size must be at least 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise InputError("expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+
+
+@dataclass
+class CompareArguments(GenerateArguments):
+    """How replies are drawn, and how many the hard prompt may choose from."""
+
+    best_of_n: int = field(
+        default=8, metadata={"help": "Replies of the hard prompt to draw for the best-of-n yardstick; 0: none."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.best_of_n != 0 and self.best_of_n < 2:
+            raise InputError(f"best_of_n must be 0 or at least 2, got {self.best_of_n}")
 
 
 class _Parser(TrlParser):

@@ -54,3 +54,45 @@ class EvaluateLastStep(TrainerCallback):
         """Ask for an evaluation after the last step."""
         if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.NO:
             control.should_evaluate = True
+
+
+def over_optimised(log_history: list[dict]) -> tuple[dict, dict] | None:
+    """Whether the last evaluation has more of the reward and less of the judge than the one the judge liked best.
+
+    That is over-optimisation: the policy has found what the reward mistakes for good (Gao et al., arXiv 2210.10760).
+
+    Returns:
+        The log lines of the judge's favourite and of the last evaluation; None if there is nothing to say.
+    """
+    evaluations = [line for line in log_history if "eval_judge_difference" in line]
+    if len(evaluations) < 2:
+        return None
+    last = evaluations[-1]
+    best = max(evaluations[:-1], key=lambda line: line["eval_judge_difference"])
+    rises = last["eval_reward_difference"] > best["eval_reward_difference"]
+    return (best, last) if rises and last["eval_judge_difference"] < best["eval_judge_difference"] else None
+
+
+class OverOptimisation(TrainerCallback):
+    """Says so when the reward rises and the judge falls."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """One line in the log, with the judge's intervals: a small fall may be chance."""
+        found = over_optimised(state.log_history)
+        if metrics is not None and "eval_judge_difference" in metrics:
+            metrics["eval_over_optimised"] = float(found is not None)
+        if found is not None and state.is_world_process_zero:
+            best, last = found
+            logger.warning(
+                "over-optimisation: since step %d the reward rose from %+.3f to %+.3f and the judge fell from %s to %s;"
+                " the adapter of step %d is kept",
+                best["step"],
+                best["eval_reward_difference"],
+                last["eval_reward_difference"],
+                *(
+                    f"{e['eval_judge_difference']:+.3f} [{e['eval_judge_difference_low']:+.3f}, "
+                    f"{e['eval_judge_difference_high']:+.3f}]"
+                    for e in found
+                ),
+                best["step"],
+            )

@@ -1,31 +1,29 @@
-"""Soft against hard: the same contexts and seeds, both prompts, paired scores, intervals, and the blinded sheet."""
+"""Soft against hard: the same contexts and seeds, both prompts, paired scores with intervals, and best-of-n.
 
-import json
-import random
-import re
-from collections.abc import Callable, Sequence
+A *comparison table* has a row a context: `conversation`, `prompt` (messages), and for `soft` and `hard` the reply `…`,
+its tokens `…_tokens`, whether it ended by itself `…_finished`, its scores `…_{name}`; `kl` is the soft reply's summed
+log-ratio to the hard prompt, in nats.
+"""
+
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from openpyxl import Workbook
-from openpyxl.styles import Alignment, Font
+from matplotlib.figure import Figure
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from h2s.contexts import Messages
-from h2s.preferences import COLUMNS
 from h2s.prefix import hard_prompt_active
+from h2s.rewards import RewardFunction, score_replies
 from h2s.rollout import Batch, Sampling, completion_logps, decode, generate, stop_token_ids
+from h2s.statistics import adjusted_interval, difference_text, mean_interval, sign_test
 
-# TRL's reward-function signature: (prompts, completions) -> one number each.
-RewardFunction = Callable[[Sequence[Messages], Sequence[str]], Sequence[float]]
-SHEET, KEY = "blinded.xlsx", "blinded.key.json"
-# What XML cannot hold; openpyxl's own list lacks the last two, and a file that holds them cannot be opened.
-ILLEGAL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+PICTURE = "differences.png"
 
 
 @torch.no_grad()
@@ -50,8 +48,7 @@ def answer_both(
         progress: whether to show a bar.
 
     Returns:
-        A row a context: `conversation`, `prompt`, and for `soft` and `hard` the reply `…`, its tokens `…_tokens`,
-        whether it ended by itself `…_finished`; `kl`, the soft reply's summed log-ratio to the hard prompt, in nats.
+        The comparison table, without scores.
     """
     stops = stop_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id
@@ -82,43 +79,23 @@ def answer_both(
 def add_scores(table: pd.DataFrame, name: str, reward: RewardFunction) -> None:
     """Add `soft_{name}` and `hard_{name}`, the reward of both replies, in place."""
     for side in ("soft", "hard"):
-        table[f"{side}_{name}"] = list(reward(table["prompt"].tolist(), table[side].tolist()))
-
-
-def mean_interval(
-    values: Sequence[float], clusters: Sequence[str], resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """A mean with its 95% percentile-bootstrap interval, resampled by conversation.
-
-    Rows of one conversation are not independent, so whole conversations are drawn (Field and Welsh 2007).
-
-    Returns:
-        mean, lower and upper end. With a single conversation the interval is the mean itself: it says nothing.
-    """
-    frame = pd.DataFrame({"value": np.asarray(values, dtype=float), "cluster": list(clusters)})
-    grouped = frame.groupby("cluster")["value"].agg(["sum", "count"])
-    sums, counts = grouped["sum"].to_numpy(), grouped["count"].to_numpy()
-    draws = np.random.default_rng(seed).integers(0, len(sums), size=(resamples, len(sums)))
-    low, high = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), [2.5, 97.5])
-    return float(frame["value"].mean()), float(low), float(high)
-
-
-def interval_text(values: Sequence[float], clusters: Sequence[str]) -> str:
-    """`mean [low, high], n=rows (conversations)` for a log or a table."""
-    mean, low, high = mean_interval(values, clusters)
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}], n={len(values)} ({len(set(clusters))} conversations)"
+        table[f"{side}_{name}"] = score_replies(reward, table["prompt"].tolist(), table[side].tolist())
 
 
 def summarise(table: pd.DataFrame, name: str = "reward") -> dict[str, float]:
     """The paired comparison in numbers, the difference being soft minus hard of one reward."""
-    soft, hard = table[f"soft_{name}"], table[f"hard_{name}"]
-    difference, low, high = mean_interval(soft - hard, table["conversation"])
+    soft, hard, conversations = table[f"soft_{name}"], table[f"hard_{name}"], table["conversation"]
+    difference, low, high = mean_interval(soft - hard, conversations)
+    same_length, same_length_low, same_length_high, _ = adjusted_interval(soft - hard, _longer(table), conversations)
     return {
         f"soft_{name}": float(soft.mean()),
         f"hard_{name}": float(hard.mean()),
         f"{name}_difference": difference,
         f"{name}_difference_low": low,
         f"{name}_difference_high": high,
+        f"{name}_same_length": same_length,
+        f"{name}_same_length_low": same_length_low,
+        f"{name}_same_length_high": same_length_high,
         f"{name}_win": float((soft > hard).mean()),
         f"{name}_tie": float((soft == hard).mean()),
         "kl": float(table["kl"].mean()),
@@ -130,58 +107,122 @@ def summarise(table: pd.DataFrame, name: str = "reward") -> dict[str, float]:
     }
 
 
+def _longer(table: pd.DataFrame) -> pd.Series:
+    return table["soft_tokens"] - table["hard_tokens"]
+
+
 def report(table: pd.DataFrame, names: Sequence[str]) -> str:
-    """The paired comparison as a Markdown table, for people."""
+    """The paired comparison as Markdown, for people; a gain that is length is called so."""
     lines = ["| | soft | hard | soft minus hard (95% interval) |", "|---|---|---|---|"]
     conversations = table["conversation"]
+    notes = []
     for name in names:
         soft, hard = table[f"soft_{name}"], table[f"hard_{name}"]
         lines.append(_line(name, soft, hard, conversations))
+        left, low, high, slope = adjusted_interval(soft - hard, _longer(table), conversations)
+        lines.append(f"| {name}, at equal length | | | {left:+.3f} [{low:+.3f}, {high:+.3f}], {slope:+.3f} a token |")
         wins, ties = int((soft > hard).sum()), int((soft == hard).sum())
-        lines.append(f"| {name}: wins of {len(table)} | {wins} | {len(table) - wins - ties} | {ties} ties |")
+        losses = len(table) - wins - ties
+        test = f"{ties} ties; exact sign test p = {sign_test(wins, losses):.3g}"
+        lines.append(f"| {name}: wins of {len(table)} | {wins} | {losses} | {test} |")
+        if mean_interval(soft - hard, conversations)[1] > 0 >= low:
+            notes.append(f"At equal length no gain in {name} is shown: the gain may be length.")
     for label, column, scale in (("tokens", "tokens", 1), ("unfinished", "finished", -1)):
         soft, hard = table[f"soft_{column}"].astype(float), table[f"hard_{column}"].astype(float)
         if scale < 0:
             soft, hard = 1 - soft, 1 - hard
         lines.append(_line(label, soft, hard, conversations))
-    lines.append(f"| KL to the hard prompt, nats a reply | {interval_text(table['kl'], conversations)} | 0 | |")
-    lines.append(f"\nn = {len(table)} contexts of {conversations.nunique()} conversations.")
+    kl, low, high = mean_interval(table["kl"], conversations)
+    lines.append(f"| KL to the hard prompt, nats a reply | {kl:.3f} [{low:.3f}, {high:.3f}] | 0 | |")
+    lines += [f"\nn = {len(table)} contexts of {conversations.nunique()} conversations.", *notes]
     return "\n".join(lines)
 
 
 def _line(label: str, soft: pd.Series, hard: pd.Series, conversations: pd.Series) -> str:
-    difference, low, high = mean_interval(soft - hard, conversations)
-    return f"| {label} | {soft.mean():.3f} | {hard.mean():.3f} | {difference:+.3f} [{low:+.3f}, {high:+.3f}] |"
+    return f"| {label} | {soft.mean():.3f} | {hard.mean():.3f} | {difference_text(soft - hard, conversations)} |"
 
 
-def write_blinded_sheet(table: pd.DataFrame, folder: str | Path, seed: int) -> None:
-    """Write soft and hard side by side for people to judge, and the key beside it.
+def draw_hard(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    sampling: Sampling,
+    draws: int,
+    batch_size: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Draw several replies a context with the hard prompt: what it could do if it might choose.
 
-    The sheet has the judgement sheet's own columns, so `train_reward.py` reads it once `human_eval` is filled in;
-    which side is the soft prompt's was drawn with `seed` and stands only in the key:
-    `{"seed", "soft_side": ["policy_response" or "reference_response" a row]}`.
+    Returns:
+        A row a reply: `conversation`, `context` (its number), `prompt`, `reply`.
     """
-    sides = random.Random(seed)
-    book = Workbook()
-    sheet = book.active
-    sheet.title = "judgements"
-    sheet.append(list(COLUMNS))
-    key = []
-    for row, (prompt, soft, hard) in enumerate(
-        zip(table["prompt"], table["soft"], table["hard"], strict=True), start=2
-    ):
-        soft_first = sides.random() < 0.5
-        key.append("policy_response" if soft_first else "reference_response")
-        first, second = (soft, hard) if soft_first else (hard, soft)
-        for column, text in enumerate((json.dumps(prompt, ensure_ascii=False), first, second), start=1):
-            cell = sheet.cell(row, column, ILLEGAL_CHARACTERS.sub("", text) or "(no text)")
-            # A reply that begins with "=" is text, not a formula.
-            cell.data_type = "s"
-            cell.alignment = Alignment(wrap_text=True, vertical="top")
-    for letter, width in zip("ABCD", (60, 50, 50, 14), strict=True):
-        sheet.column_dimensions[letter].width = width
-        sheet[f"{letter}1"].font = Font(bold=True)
-    sheet.freeze_panes = "A2"
-    book.save(Path(folder) / SHEET)
-    text = json.dumps({"seed": seed, "soft_side": key}, indent=1)
-    (Path(folder) / KEY).write_text(text + "\n", encoding="utf-8")
+    stops, pad = stop_token_ids(model, tokenizer), tokenizer.pad_token_id
+    cuda = [model.device] if model.device.type == "cuda" else []
+    numbers = [i for i in range(len(rows)) for _ in range(draws)]
+    records: list[dict] = []
+    with torch.random.fork_rng(devices=cuda), hard_prompt_active(model):
+        torch.manual_seed(seed)
+        for start in tqdm(range(0, len(numbers), batch_size), desc="best of n", leave=False):
+            chunk = numbers[start : start + batch_size]
+            replies = generate(model, [rows[i]["prompt_ids"] for i in chunk], sampling, stops, pad)
+            for i, reply in zip(chunk, replies, strict=True):
+                row = {"conversation": rows[i]["conversation"], "context": i, "prompt": rows[i]["prompt"]}
+                records.append(row | {"reply": decode(tokenizer, reply, stops)})
+    return pd.DataFrame.from_records(records)
+
+
+def best_of_n(draws: pd.DataFrame, names: Sequence[str], n: int) -> pd.DataFrame:
+    """What the best of n replies by `names[0]` scores, less what one reply scores: expected over all n of the N drawn.
+
+    The reply of rank j among N (1 the worst) is the best of n drawn without replacement with probability
+    C(j - 1, n - 1) / C(N, n).
+
+    Args:
+        draws: replies as from `draw_hard`, with a column a score.
+        names: of the scores; the first one chooses.
+        n: how many it chooses from, at most N.
+
+    Returns:
+        A row a context: `conversation` and each score's gain.
+    """
+    rows = []
+    for _, group in draws.sort_values(names[0], kind="stable").groupby("context", sort=True):
+        total = len(group)
+        weights = np.array([math.comb(j, n - 1) / math.comb(total, n) for j in range(total)])
+        gains = {name: float(weights @ group[name] - group[name].mean()) for name in names}
+        rows.append({"conversation": group["conversation"].iloc[0], **gains})
+    return pd.DataFrame(rows)
+
+
+def best_of_n_report(table: pd.DataFrame, draws: pd.DataFrame, names: Sequence[str]) -> str:
+    """The yardstick as Markdown: what choosing by the first reward gains, beside the soft prefix, each at its KL.
+
+    The KL of best-of-n to the hard prompt is at most ln n - (n - 1) / n (Beirami et al., arXiv 2401.01879).
+    """
+    columns = " | ".join(f"{name} gained (95% interval)" for name in names)
+    lines = [f"| chosen by {names[0]} | KL, nats a reply | {columns} |", "|---|---|" + "---|" * len(names)]
+    drawn = int(draws.groupby("context").size().min())
+    for n in (n for n in (2, 4, 8) if n <= drawn):
+        gained = best_of_n(draws, names, n)
+        cells = " | ".join(difference_text(gained[name], gained["conversation"]) for name in names)
+        lines.append(f"| hard prompt, best of {n} | at most {math.log(n) - (n - 1) / n:.2f} | {cells} |")
+    gains = (difference_text(table[f"soft_{name}"] - table[f"hard_{name}"], table["conversation"]) for name in names)
+    lines.append(f"| soft prefix, one reply | {table['kl'].mean():.2f} | {' | '.join(gains)} |")
+    return "\n".join(lines)
+
+
+def picture(table: pd.DataFrame, names: Sequence[str], path: Path) -> None:
+    """Soft minus hard of each context, sorted, a panel a score; the line and band are the mean and its interval."""
+    figure = Figure(figsize=(6 * len(names), 4), layout="constrained")
+    for axis, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+        differences = table[f"soft_{name}"] - table[f"hard_{name}"]
+        ordered = np.sort(differences.to_numpy())
+        colours = ["tab:blue" if d > 0 else "tab:red" for d in ordered]
+        axis.bar(range(len(ordered)), ordered, color=colours)
+        mean, low, high = mean_interval(differences, table["conversation"])
+        axis.axhline(mean, color="black", linewidth=1)
+        axis.axhspan(low, high, color="black", alpha=0.15)
+        axis.axhline(0, color="grey", linewidth=0.8)
+        title = f"{name}: {difference_text(differences, table['conversation'])}, n={len(table)}"
+        axis.set(title=title, xlabel="contexts, sorted", ylabel="soft minus hard")
+    figure.savefig(path, dpi=120)

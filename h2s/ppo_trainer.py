@@ -21,9 +21,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
-from h2s.callbacks import EvaluateLastStep
+from h2s.callbacks import EvaluateLastStep, OverOptimisation
 from h2s.chat_prefix import ChatPrefix
-from h2s.evaluation import RewardFunction, add_scores, answer_both, summarise
+from h2s.evaluation import add_scores, answer_both, summarise
 from h2s.ppo_config import SingleStepPPOConfig
 from h2s.ppo_loss import (
     approx_kl_per_token,
@@ -36,6 +36,7 @@ from h2s.ppo_loss import (
     whiten,
 )
 from h2s.prefix import load_weights, save_adapter, soft_prefix
+from h2s.rewards import RewardFunction, score_replies
 from h2s.rollout import Batch, Rollout, Sampling, decode, generate, stop_token_ids
 from h2s.value_head import PolicyWithValueHead
 
@@ -54,8 +55,10 @@ class SingleStepPPOTrainer(Trainer):
         eval_dataset: held-out contexts, the same columns and `conversation`; they select the best adapter.
         processing_class: the adapter's tokenizer, with the wrapped chat template.
         prefix: what the adapter's `h2s.json` says.
-        reward: TRL's reward-function signature, (prompts, completions) -> one number each.
-        judge: the same, but never trained on: where there is one, it selects the best adapter.
+        reward: TRL's reward-function signature: (prompts=, completions=) -> one number each, a completion being a list
+            of one message.
+        judge: the same, but never trained on: where there is one, it selects the best adapter, and a run whose reward
+            rises while the judge falls says so.
         callbacks: further Trainer callbacks.
 
     The best adapter so far lies at the root of `args.output_dir` at any time. The starting prefix is never a candidate.
@@ -92,7 +95,7 @@ class SingleStepPPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), EvaluateLastStep()],
+            callbacks=[*(callbacks or []), EvaluateLastStep(), OverOptimisation()],
         )
 
     # ---- what is trained ----
@@ -149,7 +152,7 @@ class SingleStepPPOTrainer(Trainer):
 
         # 2. Score the texts.
         texts = [decode(self.processing_class, c, self.stop_ids) for c in completions]
-        scores = torch.tensor(list(self.reward(inputs["prompt"], texts)), dtype=torch.float32, device=device)  # (B,)
+        scores = torch.tensor(score_replies(self.reward, inputs["prompt"], texts), device=device)  # (B,)
         if not scores.isfinite().all():
             raise RuntimeError(f"the reward of a completion is not finite: {scores.tolist()}")
         clipped = scores if args.reward_clip is None else scores.clamp(-args.reward_clip, args.reward_clip)

@@ -24,8 +24,8 @@ class Preferences:
     """A checked sheet.
 
     Attributes:
-        dataset: the directional rows, with columns `prompt` (messages), `chosen`, `rejected` (texts), `conversation`
-            (id) and `row` (the row's number in the file).
+        dataset: the directional rows, with columns `prompt` (messages), `chosen`, `rejected` (texts), `label` (0 the
+            policy's is better, 1 the reference's), `conversation` (id) and `row` (the row's number in the file).
         counts: how many rows carry each label.
     """
 
@@ -74,6 +74,7 @@ def load_preferences(path: str) -> Preferences:
                     "prompt": prompt,
                     "chosen": chosen,
                     "rejected": rejected,
+                    "label": value,
                     "conversation": conversation_id(prompt),
                     "row": number,
                 }

@@ -179,6 +179,11 @@ def soft_prefix(model: PeftModel) -> torch.nn.Parameter:
     return model.prompt_encoder[SOFT].embedding.weight
 
 
+def hard_prefix(model: PeftModel) -> torch.nn.Parameter:
+    """The frozen hard prompt beside it (`add_hard_prompt`), of the same shape."""
+    return model.prompt_encoder[HARD].embedding.weight
+
+
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix, folder: str | Path) -> None:
     """Save what plain PEFT loads: the soft prefix (never the frozen hard prompt), the tokenizer, `h2s.json`."""
     model.save_pretrained(folder, selected_adapters=[SOFT])

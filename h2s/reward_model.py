@@ -28,25 +28,29 @@ from trl import RewardConfig
 from h2s.chat_prefix import H2S_FILE
 from h2s.contexts import Messages
 from h2s.errors import InputError
-from h2s.prefix import adapter_folder, load_config, load_tokenizer, read_adapter_config
+from h2s.prefix import adapter_folder, load_config, load_tokenizer, read_adapter_config, soft_prefix
 
 SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP]
+# Keys near zero: the prefix begins as a faint, even share of the attention instead of random loud tokens.
+PREFIX_INIT_STD = 0.1
 
 
 @dataclass
 class RewardModelConfig(RewardConfig):
     """TRL's `RewardConfig` with defaults for a prefix.
 
-    Differing from TRL's: `learning_rate` 5e-3 (a prefix; 1e-4 is for LoRA), `num_train_epochs` 5,
+    Differing from TRL's: `learning_rate` 3e-2 (a prefix; 1e-4 is for LoRA), `num_train_epochs` 5,
     `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `eval_strategy` and `save_strategy` epoch,
     `metric_for_best_model` selection (accuracy, ties by loss), `save_total_limit` 1, `report_to` tensorboard,
     `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix on BERT silently loses its gradient
-    under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the collator needs
-    the token types), `max_length` None (it would drop long rows; they are cut before).
+    under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `train_sampling_strategy` group_by_length,
+    `remove_unused_columns` False (the collator needs the token types), `max_length` None (it would drop long rows; they
+    are cut before).
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
-    learning_rate: float = field(default=5e-3, metadata={"help": "Peak learning rate of prefix and head."})
+    learning_rate: float = field(default=3e-2, metadata={"help": "Peak learning rate of the prefix."})
+    head_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of pooler and head."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the judgements."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs a step on one device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pairs a batch when evaluating."})
@@ -63,6 +67,7 @@ class RewardModelConfig(RewardConfig):
     )
     max_length: int | None = field(default=None, metadata={"help": "TRL drops longer rows; see max_tokens instead."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the token types."})
+    train_sampling_strategy: str = field(default="group_by_length", metadata={"help": "Less padding in a batch."})
     resume_from_checkpoint: bool = field(
         default=False, metadata={"help": "Go on from the newest complete checkpoint of the run's folder."}
     )
@@ -143,7 +148,7 @@ def check_encoder(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, 
 
 
 def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
-    """A BERT with a scalar head and a random trainable prefix; only prefix and head are trained.
+    """A BERT with a scalar head and a random trainable prefix; only prefix, pooler and head are trained.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -153,23 +158,28 @@ def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
             base = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no sequence classification model can be loaded from {source}: {error}") from error
-    config = PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=num_virtual_tokens)
-    return get_peft_model(base, config)
+    # The pooler stands between [CLS] and the head; the one an encoder comes with was trained for something else.
+    config = PrefixTuningConfig(
+        task_type=TaskType.SEQ_CLS, num_virtual_tokens=num_virtual_tokens, modules_to_save=["pooler"]
+    )
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        soft_prefix(model).mul_(PREFIX_INIT_STD)  # PEFT draws it with a standard deviation of 1
+    return model
 
 
 def tokenize_preferences(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int, cuts: Counter
 ) -> Dataset:
-    """`chosen_ids`, `rejected_ids` and their `…_type_ids`: the columns that `RewardTrainer` and the collator use."""
-
+    """`chosen_ids`, `rejected_ids`, their `…_type_ids` and `length`: what `RewardTrainer` and the collator use."""
     rows = []
     for row in dataset:
         text = context_text(row["prompt"])
-        encoded: dict[str, list[int]] = {}
+        encoded: dict[str, Any] = {}
         for side in ("chosen", "rejected"):
             pair = encode_pair(tokenizer, text, row[side], max_tokens, cuts)
             encoded |= {f"{side}_ids": pair["input_ids"], f"{side}_type_ids": pair["token_type_ids"]}
-        rows.append(encoded)
+        rows.append(encoded | {"length": max(len(encoded["chosen_ids"]), len(encoded["rejected_ids"]))})
     return Dataset.from_list(rows)
 
 
@@ -253,6 +263,6 @@ class RewardModel:
             rewards[chunk] = self.model(**batch).logits.squeeze(-1).float().cpu()
         return rewards
 
-    def __call__(self, prompts: Sequence[Messages], completions: Sequence[str], **kwargs) -> list[float]:
-        """TRL's reward-function signature around [`score`]."""
-        return self.score(prompts, completions).tolist()
+    def __call__(self, prompts: Sequence[Messages], completions: Sequence[Messages], **kwargs: Any) -> list[float]:
+        """TRL's reward-function signature around [`score`]; a completion is a list of one message."""
+        return self.score(prompts, [completion[0]["content"] for completion in completions]).tolist()

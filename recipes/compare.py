@@ -1,32 +1,38 @@
 """Soft and hard side by side on held-out contexts: scores with intervals, and a blinded sheet for people to judge.
 
 python recipes/compare.py --config recipes/embedded/compare.yaml --policy_adapter outputs/policy
+python recipes/compare.py --judged outputs/compare/blinded.xlsx
 """
 
 from peft import TaskType
 
 from h2s import PrefixTuningPolicyModel
 from h2s.arguments import (
+    CompareArguments,
     CompareDatasetArguments,
     CompareModelArguments,
-    GenerateArguments,
     need,
     parse_recipe,
     write_recipe,
 )
+from h2s.blinded_sheet import KEY, SHEET, people_verdict, write_blinded_sheet
 from h2s.chat_prefix import ChatPrefix, encode_prompts
 from h2s.contexts import load_contexts, split_by_conversation
 from h2s.errors import exits_on_bad_input
-from h2s.evaluation import KEY, SHEET, add_scores, answer_both, report, write_blinded_sheet
+from h2s.evaluation import PICTURE, add_scores, answer_both, best_of_n_report, draw_hard, picture, report
 from h2s.prefix import adapter_folder, add_hard_prompt, load_config, load_tokenizer, read_adapter_config, room_for_text
 from h2s.reward_model import RewardModel
+from h2s.rewards import score_replies
 from h2s.rollout import Sampling
 from h2s.run_folder import claim, logger, start_log
 
 
 @exits_on_bad_input
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_recipe(CompareModelArguments, CompareDatasetArguments, GenerateArguments, argv)
+    model_args, data_args, args = parse_recipe(CompareModelArguments, CompareDatasetArguments, CompareArguments, argv)
+    if data_args.judged is not None:
+        print(people_verdict(data_args.judged))
+        return
 
     ########
     # Data #
@@ -41,9 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     if data_args.split == "test":
         contexts = split_by_conversation(contexts, data_args.split_seed, data_args.test_size)["test"]
     scorers = {"reward": model_args.reward_adapter, "judge": model_args.judge_adapter}
-    scorers = {name: adapter_folder(folder) for name, folder in scorers.items() if folder is not None}
-    for folder in scorers.values():
-        read_adapter_config(folder, TaskType.SEQ_CLS)
+    adapters = {name: adapter_folder(folder) for name, folder in scorers.items() if folder is not None}
+    for scorer in adapters.values():
+        read_adapter_config(scorer, TaskType.SEQ_CLS)
 
     ###########
     # Compare #
@@ -55,18 +61,29 @@ def main(argv: list[str] | None = None) -> None:
     add_hard_prompt(policy.model, prefix.token_ids)
     sampling = Sampling(args.max_completion_length, args.temperature, args.top_k, args.top_p)
     table = answer_both(policy.model, tokenizer, contexts, sampling, args.batch_size, args.seed)
-    for name, scorer in scorers.items():
-        add_scores(table, name, RewardModel.from_pretrained(scorer, policy.model.device))
+    rewards = {name: RewardModel.from_pretrained(a, policy.model.device) for name, a in adapters.items()}
+    names = list(rewards)
+    for name, reward in rewards.items():
+        add_scores(table, name, reward)
 
     ##########
     # Report #
     ##########
-    text = report(table, list(scorers))
+    text = report(table, names)
+    if rewards and args.best_of_n:
+        draws = draw_hard(policy.model, tokenizer, contexts, sampling, args.best_of_n, args.batch_size, args.seed)
+        for name, reward in rewards.items():
+            draws[name] = score_replies(reward, draws["prompt"].tolist(), draws["reply"].tolist())
+        text += f"\n\n{best_of_n_report(table, draws, names)}"
     logger.info("soft against hard, temperature %g:\n%s", args.temperature, text)
+    if rewards:
+        picture(table, names, folder / PICTURE)
+        text += f"\n\n![]({PICTURE})"
     (folder / "README.md").write_text(f"# Soft against hard\n\n{text}\n", encoding="utf-8")
     table.to_parquet(folder / "replies.parquet")
     write_blinded_sheet(table, folder, args.seed)
     logger.info("to be judged: %s (fill in human_eval); which side is which: %s", folder / SHEET, KEY)
+    logger.info("people's verdict, once it is filled in: compare.py --judged %s", folder / SHEET)
 
 
 if __name__ == "__main__":

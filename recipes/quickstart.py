@@ -16,16 +16,18 @@ from h2s.errors import exits_on_bad_input
 
 HERE = Path(__file__).parent
 OUTPUTS = Path("outputs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
-# Few and short: a policy run of minutes.
-SHORT = ["--max_steps", "6", "--per_device_train_batch_size", "12"]
+# Few and short: a policy run of minutes, reported on few contexts.
+FEW = ["--test_size", "0.1"]
+SHORT = ["--max_steps", "6", "--per_device_train_batch_size", "12", *FEW]
+REWARDS = ["--reward_adapter", "{out}/reward", "--judge_adapter", "{out}/reward/judge"]
 STAGES = {
     "convert": ("convert_prompt.py", "the hard prompt as a soft prefix equal to it", []),
-    "reward": ("train_reward.py", "a reward model learns the judgements", []),
-    "policy": ("train_policy.py", "PPO moves the prefix", ["--reward_adapter", "{out}/reward", *SHORT]),
+    "reward": ("train_reward.py", "a reward model and a judge learn the judgements", []),
+    "policy": ("train_policy.py", "PPO moves the prefix", [*REWARDS, *SHORT]),
     "compare": (
         "compare.py",
         "soft against hard, and a blinded sheet",
-        ["--policy_adapter", "{out}/policy", "--reward_adapter", "{out}/reward"],
+        ["--policy_adapter", "{out}/policy", "--best_of_n", "4", *REWARDS, *FEW],
     ),
 }
 

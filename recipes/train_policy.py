@@ -12,7 +12,7 @@ from h2s.callbacks import ReadableLog
 from h2s.chat_prefix import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
 from h2s.contexts import load_contexts, split_by_conversation
 from h2s.errors import InputError, exits_on_bad_input
-from h2s.evaluation import add_scores, answer_both, report
+from h2s.evaluation import PICTURE, add_scores, answer_both, picture, report
 from h2s.model_card import push, write_card
 from h2s.ppo_config import SingleStepPPOConfig
 from h2s.ppo_trainer import SingleStepPPOTrainer
@@ -29,8 +29,10 @@ from h2s.prefix import (
     room_for_text,
 )
 from h2s.reward_model import RewardModel
+from h2s.rewards import RewardFunction, load_reward_function
 from h2s.run_folder import claim, logger, newest_checkpoint, start_log
 from h2s.value_head import PolicyWithValueHead
+from h2s.what_changed import WHAT_CHANGED, what_changed
 
 
 def find_prefix(arguments: PolicyModelArguments):
@@ -59,7 +61,13 @@ def main(argv: list[str] | None = None) -> None:
     ########
     contexts = load_contexts(need(data_args.path, "path", "dataset"))
     source, revision, tokenizer, prefix = find_prefix(model_args)
-    read_adapter_config(adapter_folder(need(model_args.reward_adapter, "reward_adapter", "model")), TaskType.SEQ_CLS)
+    if (model_args.reward_adapter is None) == (model_args.reward_function is None):
+        given = "none" if model_args.reward_adapter is None else "both"
+        raise InputError(f"expected one of reward_adapter and reward_function in section model, got {given}")
+    if model_args.reward_function is not None:
+        reward: RewardFunction = load_reward_function(model_args.reward_function)
+    else:
+        read_adapter_config(adapter_folder(str(model_args.reward_adapter)), TaskType.SEQ_CLS)
     if model_args.judge_adapter is not None:
         read_adapter_config(adapter_folder(model_args.judge_adapter), TaskType.SEQ_CLS)
     prefix_ids = prefix.token_ids
@@ -85,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     add_hard_prompt(model, prefix_ids)
     if model_args.prefix_adapter is not None:
         load_weights(model, adapter_folder(model_args.prefix_adapter))
-    reward = RewardModel.from_pretrained(str(model_args.reward_adapter), args.device)
+    if model_args.reward_adapter is not None:
+        reward = RewardModel.from_pretrained(model_args.reward_adapter, args.device)
     judge = None
     if model_args.judge_adapter is not None:
         judge = RewardModel.from_pretrained(model_args.judge_adapter, args.device)
@@ -119,14 +128,16 @@ def main(argv: list[str] | None = None) -> None:
     for name, scorer in trainer.judges.items():
         add_scores(table, name, scorer)
     measured = report(table, list(trainer.judges))
+    picture(table, list(trainer.judges), folder / PICTURE)
+    (folder / WHAT_CHANGED).write_text(what_changed(table, model, list(trainer.judges)), encoding="utf-8")
     logger.info("soft against hard on contexts that nothing was chosen by:\n%s", measured)
     logger.info("(the reward is the one that was trained on: it shows movement, not what people like)")
     if judge is None:
         logger.info("(no judge_adapter: nothing independent has judged this)")
-    if reward.cuts:
-        logger.info(
-            "the reward model cut %d contexts and %d responses", reward.cuts["context"], reward.cuts["response"]
-        )
+    for name, scorer in trainer.judges.items():
+        if isinstance(scorer, RewardModel) and any(scorer.cuts.values()):
+            logger.info("the %s cut %d contexts, %d responses", name, scorer.cuts["context"], scorer.cuts["response"])
+    logger.info("side by side, and how far each layer moved: %s", folder / WHAT_CHANGED)
     body = f"A soft prefix that began as this hard prompt:\n\n> {prefix.hard_prompt}\n\n{measured}"
     write_card(folder, "A soft prefix trained by single-step PPO", source, body)
     logger.info("best adapter saved to %s", folder)

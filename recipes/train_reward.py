@@ -4,40 +4,48 @@
         --config recipes/embedded/reward.yaml
 """
 
-from collections import Counter
+import shutil
+import time
 
-from transformers import set_seed
-from trl import RewardTrainer
+import pandas as pd
 
-from h2s.arguments import DatasetArguments, RewardModelArguments, need, parse_recipe, write_recipe
-from h2s.callbacks import DropPickledArguments, PrefixGradientCheck, ReadableLog, SelectByAccuracy
-from h2s.contexts import split_by_conversation
+from h2s.arguments import RewardDatasetArguments, RewardModelArguments, need, parse_recipe, write_recipe
+from h2s.contexts import folds_by_conversation, share_with_judge, split_by_conversation
 from h2s.errors import exits_on_bad_input
-from h2s.evaluation import interval_text
 from h2s.model_card import push, write_card
 from h2s.preferences import load_preferences
-from h2s.prefix import load_config, load_tokenizer, load_weights, model_source
-from h2s.reward_model import (
-    PreferenceCollator,
-    RewardModel,
-    RewardModelConfig,
-    build_reward_model,
-    check_encoder,
-    max_text_tokens,
-    tokenize_preferences,
+from h2s.prefix import load_config, load_tokenizer, model_source
+from h2s.reward_model import RewardModel, RewardModelConfig, check_encoder, max_text_tokens
+from h2s.reward_report import (
+    PAIRS,
+    FrozenFeatures,
+    accuracy_line,
+    accuracy_report,
+    pair_table,
+    sheet_report,
+    write_report,
 )
-from h2s.run_folder import claim, logger, newest_checkpoint, start_log
+from h2s.reward_training import train_reward_model
+from h2s.run_folder import claim, logger, start_log
 
 
 @exits_on_bad_input
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_recipe(RewardModelArguments, DatasetArguments, RewardModelConfig, argv)
+    model_args, data_args, args = parse_recipe(RewardModelArguments, RewardDatasetArguments, RewardModelConfig, argv)
 
     ########
     # Data #
     ########
     preferences = load_preferences(need(data_args.path, "path", "dataset"))
     parts = split_by_conversation(preferences.dataset, data_args.split_seed, data_args.test_size)
+    trained = {"reward": parts}
+    if data_args.judge_share is not None:
+        trained = dict(
+            zip(("reward", "judge"), share_with_judge(parts, data_args.split_seed, data_args.judge_share), strict=True)
+        )
+    folds = []
+    if data_args.folds is not None:
+        folds = folds_by_conversation(preferences.dataset, data_args.folds, data_args.split_seed)
 
     #########
     # Model #
@@ -51,60 +59,62 @@ def main(argv: list[str] | None = None) -> None:
     start_log(folder)
     if args.should_save:
         write_recipe(folder / "recipe.yaml", model_args, data_args, args)
-    args.output_dir = str(folder)
     push_to_hub, args.push_to_hub = args.push_to_hub, False  # ours pushes by allow-list, at the end
-    logger.info("%s", preferences.summary())
-    logger.info("pairs that train %d, select %d, are reported %d", *(len(p) for p in parts.values()))
+    logger.info("%s\n%s", preferences.summary(), sheet_report(preferences))
+    features = FrozenFeatures(source, tokenizer, max_tokens, preferences.dataset, args.device)
+
+    def train(split, where) -> RewardModel:
+        return train_reward_model(source, model_args.num_virtual_tokens, tokenizer, max_tokens, split, args, where)
+
+    def score(reward: RewardModel, split) -> pd.DataFrame:
+        return pair_table(reward, split["test"], features.margins(split["train"], split["test"]))
+
+    ####################
+    # Cross-validation #
+    ####################
+    tables: list[pd.DataFrame] = []
+    started = time.time()
+    for number, split in enumerate(folds, start=1):
+        where = folder / "folds" / str(number)
+        if not (where / PAIRS).is_file():  # a resumed run has it already
+            table = score(train(split, where), split)
+            if args.should_save:
+                shutil.rmtree(where, ignore_errors=True)  # its checkpoints
+                where.mkdir(parents=True)
+                table.to_parquet(where / PAIRS)
+            args.distributed_state.wait_for_everyone()
+        tables.append(pd.read_parquet(where / PAIRS))
+        left = (time.time() - started) / number * (len(folds) - number) / 60
+        logger.info(
+            "fold %d of %d: accuracy %s; %.0f minutes left", number, len(folds), accuracy_line(tables[-1]), left
+        )
 
     ############
     # Training #
     ############
-    set_seed(args.seed)
-    model = build_reward_model(source, model_args.num_virtual_tokens)
-    cuts: Counter = Counter()
-    tokenized = {p: tokenize_preferences(parts[p], tokenizer, max_tokens, cuts) for p in ("train", "validation")}
-    trainer = RewardTrainer(
-        model=model,
-        args=args,
-        data_collator=PreferenceCollator(tokenizer),
-        train_dataset=tokenized["train"],
-        eval_dataset=tokenized["validation"],
-        processing_class=tokenizer,
-        callbacks=[PrefixGradientCheck(), SelectByAccuracy(), ReadableLog(), DropPickledArguments()],
-    )
-    trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if args.resume_from_checkpoint else None)
-    best = trainer.state.best_model_checkpoint
-    if best is not None:
-        load_weights(model, best)
-        logger.info("best epoch by validation accuracy: %s (%.3f; ties by loss)", best, trainer.state.best_metric)
+    for role, split in trained.items():
+        where = folder if role == "reward" else folder / role
+        logger.info("%s: pairs that train %d, select %d, are reported %d", role, *(len(p) for p in split.values()))
+        reward = train(split, where)
 
-    ##########
-    # Report #
-    ##########
-    if not trainer.is_world_process_zero():
-        return
-    reward = RewardModel(model, tokenizer, max_tokens)
-    test = parts["test"]
-    chosen = reward.score(test["prompt"], test["chosen"], "scoring")
-    rejected = reward.score(test["prompt"], test["rejected"], "scoring")
-    right = (chosen > rejected).float() + 0.5 * (chosen == rejected)
-    longer = [
-        (len(c) > len(r)) + 0.5 * (len(c) == len(r)) for c, r in zip(test["chosen"], test["rejected"], strict=True)
-    ]
-    accuracy = interval_text(right.tolist(), test["conversation"])
-    baseline = interval_text(longer, test["conversation"])
-    logger.info("accuracy on held-out conversations: %s", accuracy)
-    logger.info("baseline, the longer response wins: %s", baseline)
-    logger.info("cut to %d tokens: %d contexts, %d responses", max_tokens, cuts["context"], cuts["response"])
-    reward.save(folder)
-    body = (
-        f"Scores a response to a context; trained on human A/B judgements with the pairwise logistic loss.\n\n"
-        f"| on held-out conversations | accuracy, 95% interval |\n|---|---|\n| this model | {accuracy} |\n"
-        f"| the longer response wins | {baseline} |"
-    )
-    write_card(folder, "A BERT + prefix reward model", source, body, reward=True)
-    logger.info("saved to %s", folder)
-    if push_to_hub:
+        ##########
+        # Report #
+        ##########
+        if not args.should_save:
+            continue
+        reward.save(where)
+        table = score(reward, split)
+        text = accuracy_report(table, "on conversations that this model never saw")
+        if tables and role == "reward":
+            what = f"on all conversations, each by a model that never saw it ({len(tables)} folds)"
+            text = f"{write_report(pd.concat(tables, ignore_index=True), what, preferences, where)}\n\n{text}"
+        else:
+            write_report(table, "on conversations that it never saw", preferences, where)
+        logger.info("%s:\n%s", role, text)
+        body = "Scores a response to a context; trained on human A/B judgements with the pairwise logistic loss."
+        write_card(where, f"A BERT + prefix {role} model", source, f"{body}\n\n{text}", reward=True)
+        logger.info("saved to %s", where)
+    if push_to_hub and args.should_save:
         logger.info("pushed to %s", push(folder, args.hub_model_id, args.hub_private_repo, args.hub_token))
 
 

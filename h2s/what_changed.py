@@ -1,0 +1,53 @@
+"""What training did to a prefix: the same contexts answered by both prompts, and how far each layer moved."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from peft import PeftModel
+
+from h2s.contexts import Messages
+from h2s.prefix import hard_prefix, soft_prefix
+
+WHAT_CHANGED = "what_changed.md"
+EXAMPLES = 12
+
+
+def layer_movement(model: PeftModel) -> pd.DataFrame:
+    """How far keys and values of each layer moved from the hard prompt's.
+
+    Returns:
+        A row a layer: `keys` and `values`, the norm of the difference over the norm at the start (0 is unmoved).
+    """
+    start, now = (_keys_and_values(model, weight) for weight in (hard_prefix(model), soft_prefix(model)))
+    moved = (now - start).norm(dim=(0, 3)) / start.norm(dim=(0, 3)).clamp(min=1e-12)  # (layers, 2)
+    return pd.DataFrame(moved.tolist(), columns=["keys", "values"])
+
+
+def _keys_and_values(model: PeftModel, weight: torch.Tensor) -> torch.Tensor:
+    """PEFT's rows hold key then value, layer by layer: (P, layers * 2 * H) -> (P, layers, 2, H), float32."""
+    layers = model.active_peft_config.num_layers
+    return weight.detach().float().reshape(weight.shape[0], layers, 2, -1)
+
+
+def what_changed(table: pd.DataFrame, model: PeftModel, scores: Sequence[str]) -> str:
+    """The report as Markdown: replies side by side (the first contexts of the table), then the layers."""
+    lines = ["# What changed", "", "The same contexts and random states; nothing here was trained on or chosen by.", ""]
+    for row in table.head(EXAMPLES).to_dict("records"):
+        lines += [_quoted(row["prompt"]), ""]
+        for side in ("hard", "soft"):
+            scored = ", ".join(f"{name} {row[f'{side}_{name}']:+.2f}" for name in scores)
+            ended = "" if row[f"{side}_finished"] else ", not finished"
+            lines.append(f"- {side} ({scored}{ended}): {_one_line(row[side])}")
+        lines.append("")
+    lines += ["How far the prefix moved, relative to its own size:", "", "| layer | keys | values |", "|---|---|---|"]
+    lines += [f"| {m.Index} | {m.keys:.4f} | {m.values:.4f} |" for m in layer_movement(model).itertuples()]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(prompt: Messages) -> str:
+    return "\n>\n".join(f"> {m['role']}: {_one_line(m['content'])}" for m in prompt)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()) or "(no text)"

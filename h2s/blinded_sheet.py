@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from openpyxl import Workbook
 from openpyxl.styles import Alignment, Font
 from openpyxl.worksheet.datavalidation import DataValidation
 
-from h2s.contexts import conversation_id, parse_messages, plain, read_table
+from h2s.contexts import Messages, conversation_id, parse_messages, plain, read_table
 from h2s.errors import InputError
 from h2s.preferences import BOTH_POOR, COLUMNS, LABELS, POLICY_BETTER, REFERENCE_BETTER, TIE, load_preferences
 from h2s.statistics import share_text, sign_test
 
 SHEET, KEY = "blinded.xlsx", "blinded.key.json"
-# What XML cannot hold; openpyxl's own list lacks the last two, and a file that holds them cannot be opened.
-ILLEGAL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+# What XML cannot hold; openpyxl's own list lacks the last three, and a file that holds them cannot be opened.
+ILLEGAL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+CELL = 32_767  # characters; openpyxl cuts what is longer without a word
 SIDES = ("policy_response", "reference_response")
 MEANINGS = {
     POLICY_BETTER: "the reply in column B (policy_response) is better",
@@ -63,8 +65,7 @@ def write_blinded_sheet(table: pd.DataFrame, folder: str | Path, seed: int) -> N
         soft_first = sides.random() < 0.5
         soft_sides.append(SIDES[0] if soft_first else SIDES[1])
         first, second = (soft, hard) if soft_first else (hard, soft)
-        texts = [json.dumps(plain(prompt), ensure_ascii=False), first, second]
-        texts = [ILLEGAL_CHARACTERS.sub("", text) or "(no text)" for text in texts]
+        texts = [cell_text(text) for text in (_as_json(prompt), first, second)]
         digests.append(_digest(texts))
         for column, text in enumerate(texts, start=1):
             cell = sheet.cell(row, column, text)
@@ -90,6 +91,31 @@ def write_blinded_sheet(table: pd.DataFrame, folder: str | Path, seed: int) -> N
     book.save(Path(folder) / SHEET)
     key = {"seed": seed, "soft_side": soft_sides, "rows": digests}
     (Path(folder) / KEY).write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+
+
+def check_fits_cells(prompts: Iterable[Messages]) -> None:
+    """Whether each context fits into a cell: cut, it would be no conversation any more.
+
+    Raises:
+        InputError: one does not, named by its place from 1.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        length = len(_as_json(prompt))
+        if length > CELL:
+            raise InputError(
+                f"context {number} has {length} characters as JSON, and a cell of the blinded sheet holds {CELL}: "
+                "shorten it or leave it out"
+            )
+
+
+def cell_text(text: str) -> str:
+    """Text as a cell can hold it, never empty."""
+    text = ILLEGAL_CHARACTERS.sub("", text)[:CELL]
+    return text if text.strip() else "(no text)"
+
+
+def _as_json(prompt: Messages) -> str:
+    return json.dumps(plain(prompt), ensure_ascii=False)
 
 
 def _digest(texts: list[str]) -> str:
@@ -123,7 +149,7 @@ def people_verdict(sheet: str) -> str:
         InputError: the sheet is not filled in, or its rows are not those of the key.
     """
     key = read_key(sheet)
-    load_preferences(sheet)  # every row is checked as for training
+    load_preferences(sheet, need_direction=False)  # every row is checked as for training
     soft_side = dict(zip(key["rows"], key["soft_side"], strict=True))
     counts: Counter[str] = Counter()
     wins, conversations = [], []

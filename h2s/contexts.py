@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from h2s.errors import InputError
 Part = Literal["train", "validation", "test"]
 Messages = list[dict[str, str]]
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 FORMATS = (".xlsx", ".csv", ".json", ".jsonl", ".parquet")
 
 
@@ -75,7 +77,20 @@ def _message(message: Any) -> dict[str, str]:
         content = "".join(p["text"] for p in content)
     if not isinstance(content, str) or not content.strip():
         raise InputError(f"a message's content must be non-empty text, got {_short(content)}")
+    check_unicode(content)
     return {"role": role, "content": content}
+
+
+def check_unicode(text: str) -> None:
+    """Refuse half a surrogate pair (JSON can spell one, as \\ud83d): no tokenizer or file takes it.
+
+    Raises:
+        InputError: there is one.
+    """
+    found = SURROGATE.search(text)
+    if found:
+        around = text[max(0, found.start() - 20) : found.end() + 20]
+        raise InputError(f"half a character (a lone surrogate, {found[0]!r}) in {around!r}: write the text anew there")
 
 
 def _short(value: Any) -> str:

@@ -16,7 +16,7 @@ class SingleStepPPOConfig(TrainingArguments):
     iteration on one device; `max_steps`, `logging_steps`, `eval_steps` and `save_steps` count iterations.
 
     Defaults that differ from transformers': `output_dir` outputs, `per_device_train_batch_size` 16,
-    `per_device_eval_batch_size` 16, `learning_rate` 1e-3, `adam_epsilon` 1e-5, `lr_scheduler_type` constant,
+    `per_device_eval_batch_size` 16, `learning_rate` 1e-2, `adam_epsilon` 1e-5, `lr_scheduler_type` constant,
     `weight_decay` 0 (decay pulls the prefix to zero keys, not to the hard prompt), `report_to` tensorboard,
     `eval_strategy` steps, `eval_steps` 10, `save_steps` 10, `save_total_limit` 2, `logging_steps` 1,
     `logging_nan_inf_filter` False, `metric_for_best_model` reward_difference, `dataloader_drop_last` True,
@@ -28,7 +28,7 @@ class SingleStepPPOConfig(TrainingArguments):
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Contexts an iteration on one device."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Contexts a batch when evaluating."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the prefix."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the prefix."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule; see also one_cycle_pct_start."})

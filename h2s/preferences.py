@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from h2s.contexts import conversation_id, parse_messages, plain, read_table
+from h2s.contexts import check_unicode, conversation_id, parse_messages, plain, read_table
 from h2s.errors import InputError
 
 COLUMNS = ("context_messages", "policy_response", "reference_response", "human_eval")
@@ -40,10 +40,11 @@ class Preferences:
         return f"{counts}; {len(self.dataset)} pairs over {conversations} conversations, {aside} rows set aside"
 
 
-def load_preferences(path: str) -> Preferences:
+def load_preferences(path: str, need_direction: bool = True) -> Preferences:
     """Read and check a judgement sheet.
 
-    Rows labelled 2 (both poor) and 3 (tie) have no direction: they are checked, counted and set aside.
+    Rows labelled 2 (both poor) and 3 (tie) have no direction: they are checked, counted and set aside. A sheet of
+    nothing else is an error unless `need_direction` is False.
 
     Raises:
         InputError: the file cannot be read, a column is missing, a row is malformed (named by its number in the
@@ -79,7 +80,7 @@ def load_preferences(path: str) -> Preferences:
                     "row": number,
                 }
             )
-    if not pairs:
+    if need_direction and not pairs:
         raise InputError(f"{path}: no row is labelled 0 or 1, so there is no preference to learn ({len(table)} rows)")
     return Preferences(Dataset.from_list(pairs), counts)
 
@@ -106,4 +107,5 @@ def _response(cell: Any) -> str:
         raise InputError("expected a response, got an empty cell")
     if not isinstance(cell, str):
         raise InputError(f"expected the text of a response, got {cell!r}")
+    check_unicode(cell)
     return cell

@@ -35,7 +35,7 @@ def load_reward_function(path: str) -> RewardFunction:
         InputError: there is no such module or name in it, or it cannot be called.
     """
     module, _, name = path.rpartition(".")
-    if not module:
+    if not module or path.startswith("."):
         raise InputError(f"reward_function must be a dotted path such as my_rewards.asks_back, got {path!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -98,5 +98,5 @@ def _line(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least squares from the sums of 1, x, y, xx and xy: (N, 5) -> intercepts (N,), slopes (N,)."""
     n, x, y, xx, xy = sums.T
     spread = xx - x * x / n
-    slope = np.divide(xy - x * y / n, spread, out=np.zeros_like(n), where=spread > 1e-12)
+    slope = np.divide(xy - x * y / n, spread, out=np.zeros_like(n), where=spread > 1e-9 * np.maximum(xx, 1e-300))
     return (y - slope * x) / n, slope

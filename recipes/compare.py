@@ -15,7 +15,7 @@ from h2s.arguments import (
     parse_recipe,
     write_recipe,
 )
-from h2s.blinded_sheet import KEY, SHEET, people_verdict, write_blinded_sheet
+from h2s.blinded_sheet import KEY, SHEET, check_fits_cells, people_verdict, write_blinded_sheet
 from h2s.chat_prefix import ChatPrefix, encode_prompts
 from h2s.contexts import load_contexts, split_by_conversation
 from h2s.errors import exits_on_bad_input
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     config = read_adapter_config(adapter, TaskType.CAUSAL_LM)
     prefix, tokenizer = ChatPrefix.load(adapter), load_tokenizer(adapter)
     room = room_for_text(load_config(config.base_model_name_or_path, config.revision), config.num_virtual_tokens)
+    check_fits_cells(contexts["prompt"])
     prompt_ids = encode_prompts(tokenizer, prefix, contexts["prompt"], room - args.max_completion_length)
     contexts = contexts.add_column("prompt_ids", prompt_ids)
     if data_args.split == "test":

@@ -59,7 +59,8 @@ def other_prefix_adapter(gemma_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def refused(mains, tmp_path, monkeypatch, capfd, gemma_folder, bert_folder, contexts_file, sheet_file, request):
+def refused(mains, tmp_path, monkeypatch, capfd, gemma_folder, bert_folder, contexts_file, sheet_file, reward_adapter,
+            policy_adapter):  # fmt: skip
     """Run a recipe that is right but for what `change` does to it, and return the line of its refusal."""
 
     def no_model(*args, **kwargs):
@@ -80,17 +81,17 @@ def refused(mains, tmp_path, monkeypatch, capfd, gemma_folder, bert_folder, cont
                 "task": {**task, "max_steps": 1},
             },
             "train_policy": lambda: {
-                "model": {**policy_model, "reward_adapter": str(request.getfixturevalue("reward_adapter"))},
+                "model": {**policy_model, "reward_adapter": str(reward_adapter)},
                 "dataset": contexts,
                 "task": {**generation, "max_steps": 1},
             },
             "generate": lambda: {
-                "model": {"policy_adapter": str(request.getfixturevalue("policy_adapter"))},
+                "model": {"policy_adapter": str(policy_adapter)},
                 "dataset": {"conversation": "hello"},
                 "task": generation,
             },
             "compare": lambda: {
-                "model": {"policy_adapter": str(request.getfixturevalue("policy_adapter"))},
+                "model": {"policy_adapter": str(policy_adapter)},
                 "dataset": contexts,
                 "task": generation,
             },
@@ -224,6 +225,7 @@ def test_label_outside_0_to_3(refused, tmp_path, label):
         (json.dumps(turns("user", "assistant")), "the last message must be the user's"),
         (json.dumps([{"role": "user", "content": [{"type": "image", "url": "x"}]}]), "content parts must be"),
         ("", "non-empty text"),
+        (r'[{"role": "user", "content": "half \ud83d a smile"}]', "half a character"),
     ],
 )
 def test_unreadable_context(refused, tmp_path, context, words):
@@ -274,6 +276,22 @@ def test_too_few_conversations_for_the_split(refused, tmp_path):
 @pytest.mark.parametrize("share", [0, 0.6, -0.1, float("nan")])
 def test_test_size_out_of_range(refused, share):
     says(refused("train_reward", dataset={"test_size": share}), "test_size must lie between 0 and 0.6")
+
+
+@pytest.mark.parametrize("folds", [1, 0, -3, 21])
+def test_folds_that_do_not_fit(refused, folds):
+    line = refused("train_reward", dataset={"folds": folds})
+    says(line, "folds must be at least 2 and at most half of the 40 conversations", f"got {folds}")
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, float("nan")])
+def test_judge_share_out_of_range(refused, share):
+    says(refused("train_reward", dataset={"judge_share": share}), "judge_share must lie between 0 and 1, got")
+
+
+def test_too_few_conversations_for_a_judge(refused):
+    line = refused("train_reward", dataset={"judge_share": 0.001})
+    says(line, "too few to share between a reward model and a judge", "judge_share 0.001")
 
 
 # The recipe
@@ -435,8 +453,24 @@ def test_reward_adapter_that_is_none(refused, tmp_path, policy_adapter, name):
     says(refused(name, model={"reward_adapter": str(tmp_path / "gone")}), "no such adapter folder", "gone")
 
 
-def test_missing_reward_adapter(refused):
-    says(refused("train_policy", model={"reward_adapter": ...}), "reward_adapter is missing", "--reward_adapter")
+def test_neither_or_both_of_reward_adapter_and_reward_function(refused):
+    line = refused("train_policy", model={"reward_adapter": ...})
+    says(line, "one of reward_adapter and reward_function", "section model", "got none")
+    line = refused("train_policy", model={"reward_function": "math.fsum"})
+    says(line, "one of reward_adapter and reward_function", "section model", "got both")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("asks_back", "must be a dotted path such as my_rewards.asks_back, got 'asks_back'"),
+        ("no_such_module.asks_back", "no_such_module.asks_back cannot be imported"),
+        ("math.asks_back", "math.asks_back cannot be imported"),
+        ("math.pi", "math.pi is a float, not a function"),
+    ],
+)
+def test_reward_function_that_is_none(refused, path, words):
+    says(refused("train_policy", model={"reward_adapter": ..., "reward_function": path}), "reward_function", words)
 
 
 @pytest.mark.parametrize("name", ["generate", "compare"])

@@ -9,11 +9,13 @@ from datasets import Dataset
 
 from h2s.contexts import (
     conversation_id,
+    folds_by_conversation,
     load_contexts,
     parse_messages,
     part_of,
     plain,
     read_table,
+    share_with_judge,
     split_by_conversation,
 )
 from h2s.errors import InputError
@@ -305,3 +307,110 @@ def test_too_few_conversations():
     rows = many(10, turns=10)
     with pytest.raises(InputError, match=r"part is empty: 1 conversations are too few for test_size 0\.2"):
         split_by_conversation(rows, 42, 0.2)
+
+
+# Folds and the judge's share
+
+
+def ids_of(parts):
+    return {name: set(part["conversation"]) for name, part in parts.items()}
+
+
+@pytest.mark.parametrize(("conversations", "folds"), [(4, 2), (6, 3), (23, 5), (200, 10)])
+def test_folds_test_each_conversation_once(conversations, folds):
+    """Three turns a conversation; within a fold no conversation is in two parts, and no row is lost."""
+    rows = many(conversations * 3, turns=3)
+    splits = folds_by_conversation(rows, folds, 42)
+    assert len(splits) == folds and all(list(s) == ["train", "validation", "test"] for s in splits)
+    tested = [c for s in splits for c in ids_of(s)["test"]]
+    assert sorted(tested) == sorted(set(rows["conversation"])) and len(tested) == conversations
+    for split in splits:
+        assert sorted(r for part in split.values() for r in part["row"]) == sorted(rows["row"])
+        ids = ids_of(split)
+        assert all(ids.values()) and sum(map(len, ids.values())) == len(set.union(*ids.values()))
+        # Of equal size but for the rest of a division; half as many select.
+        assert len(ids["test"]) in (conversations // folds, -(-conversations // folds))
+        assert abs(len(ids["validation"]) - len(ids["test"]) / 2) <= 1
+
+
+@pytest.mark.xfail(strict=True, reason="one conversation in ten selects in every fold that does not test it")
+def test_no_conversation_selects_in_every_fold():
+    """It would never train, and all folds would choose their epoch by nearly the same pairs."""
+    splits = folds_by_conversation(many(), 5, 42)
+    trained = set.union(*(ids_of(s)["train"] for s in splits))
+    assert len(trained) == 200
+
+
+def test_folds_are_deterministic_and_depend_on_their_seed():
+    rows = many(60)
+    first, again, other = (folds_by_conversation(r, 3, s) for r, s in ((rows, 1), (rows.shuffle(seed=1), 1), (rows, 2)))
+    assert [ids_of(s) for s in first] == [ids_of(s) for s in again]
+    assert [ids_of(s)["test"] for s in first] != [ids_of(s)["test"] for s in other]
+
+
+def test_folds_do_not_follow_the_order_of_the_file():
+    """A sheet may be sorted by who judged it."""
+    rows = many(200, turns=1)
+    for split in folds_by_conversation(rows, 2, 42):
+        assert 60 < sum(split["test"]["row"]) / 100 < 140  # near the middle, 100
+        assert split["test"]["row"] != rows["row"][::2] and split["test"]["row"] != rows["row"][1::2]
+
+
+@pytest.mark.parametrize(("conversations", "folds"), [(10, 1), (10, 0), (10, -2), (10, 6), (3, 2)])
+def test_folds_that_do_not_fit(conversations, folds):
+    words = f"folds must be at least 2 and at most half of the {conversations} conversations, got {folds}"
+    with pytest.raises(InputError, match=words):
+        folds_by_conversation(many(conversations * 2), folds, 42)
+
+
+def test_neither_model_sees_the_others_conversations():
+    rows = many(800)
+    parts = split_by_conversation(rows, 42, 0.2)
+    reward, judge = (ids_of(p) for p in share_with_judge(parts, 42, 0.5))
+    for part in ("train", "validation"):
+        assert reward[part] | judge[part] == set(parts[part]["conversation"])
+    seen = {"reward": reward["train"] | reward["validation"], "judge": judge["train"] | judge["validation"]}
+    assert not seen["reward"] & seen["judge"]
+    # What each is reported on is all that it never saw: nothing left out, nothing it trained or selected on.
+    everything = set(rows["conversation"])
+    assert reward["test"] == everything - seen["reward"] and judge["test"] == everything - seen["judge"]
+
+
+def test_judge_loses_and_doubles_no_row():
+    rows = many(200)
+    parts = split_by_conversation(rows, 42, 0.2)
+    for model in share_with_judge(parts, 42, 0.3):
+        assert sorted(r for part in model.values() for r in part["row"]) == sorted(rows["row"])
+        assert set(parts["test"]["row"]) <= set(model["test"]["row"])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_judge_gets_its_share(share):
+    parts = split_by_conversation(many(1600), 42, 0.2)
+    reward, judge = share_with_judge(parts, 42, share)
+    count = len(ids_of(parts)["train"])
+    assert abs(len(ids_of(judge)["train"]) - count * share) < 4 * (count * share * (1 - share)) ** 0.5
+    again = share_with_judge(split_by_conversation(many(1600).shuffle(seed=3), 42, 0.2), 42, share)
+    assert [ids_of(p) for p in again] == [ids_of(reward), ids_of(judge)]
+
+
+def test_judges_share_is_not_the_splits_draw():
+    """Drawn anew: the same number again would give all that selects to one of the two."""
+    reward, judge = share_with_judge(split_by_conversation(many(1600), 42, 0.2), 42, 0.5)
+    low, high = sorted(len(ids_of(p)["validation"]) for p in (reward, judge))
+    assert low > high / 2
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.2, 1.2, float("nan")])
+def test_judge_shares_that_leave_nothing(share):
+    with pytest.raises(InputError, match="judge_share must lie between 0 and 1, got"):
+        share_with_judge(split_by_conversation(many(), 42, 0.2), 42, share)
+
+
+def test_too_few_conversations_for_a_judge():
+    parts = split_by_conversation(many(), 42, 0.2)
+    one = parts["validation"].select(range(1))
+    with pytest.raises(InputError, match="the validation part holds 1 conversations, too few to share"):
+        share_with_judge(parts | {"validation": one}, 42, 0.5)
+    with pytest.raises(InputError, match="the train part holds 1 conversations, too few to share"):
+        share_with_judge(parts | {"train": one}, 42, 0.5)

@@ -1,8 +1,6 @@
-import json
-import math
+import itertools
 
 import numpy as np
-import openpyxl
 import pandas as pd
 import pytest
 import torch
@@ -11,84 +9,27 @@ from datasets import Dataset
 
 from h2s.contexts import conversation_id
 from h2s.evaluation import (
-    KEY,
-    SHEET,
     add_scores,
     answer_both,
-    interval_text,
-    mean_interval,
+    best_of_n,
+    best_of_n_report,
+    draw_hard,
+    picture,
     report,
     summarise,
-    write_blinded_sheet,
 )
-from h2s.preferences import COLUMNS, load_preferences
 from h2s.prefix import hard_prompt_active, soft_prefix
 from h2s.rollout import Sampling, generate
-
-# Intervals
-
-
-def test_interval_of_a_sample_is_that_of_theory():
-    """Clusters of one row are the ordinary bootstrap: near the mean's standard error times 1.96."""
-    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    mean, low, high = mean_interval(values, [str(i) for i in range(400)])
-    error = values.std() / math.sqrt(400)
-    assert mean == pytest.approx(values.mean())
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
-    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
-
-
-def test_interval_equals_scipys_bootstrap():
-    stats = pytest.importorskip("scipy.stats")
-    values = np.random.default_rng(2).exponential(1.0, 40)
-    _, low, high = mean_interval(values, [str(i) for i in range(40)], resamples=20_000)
-    theirs = stats.bootstrap(
-        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
-
-
-def test_whole_conversations_are_drawn():
-    """Rows that repeat their conversation's value add nothing: the interval is that of the conversations."""
-    values = np.random.default_rng(3).normal(size=30)
-    clusters = [str(i) for i in range(30)]
-    once = mean_interval(values, clusters)
-    repeated = mean_interval(np.repeat(values, 10), np.repeat(clusters, 10))
-    assert repeated == pytest.approx(once)
-    as_if_independent = mean_interval(np.repeat(values, 10), list(range(300)))
-    assert as_if_independent[2] - as_if_independent[1] < 0.5 * (once[2] - once[1])
-
-
-def test_interval_of_two_conversations_by_hand():
-    """(0 0 0) and (4): a draw holds the first twice, the second twice, or both; the mean weighs rows, so 1 of 4."""
-    mean, low, high = mean_interval([0, 0, 0, 4], ["a", "a", "a", "b"])
-    assert (mean, low, high) == (1, 0, 4)
-    # A single draw holds both half of the time.
-    draws = [mean_interval([0, 0, 0, 4], ["a", "a", "a", "b"], resamples=1, seed=s)[1] for s in range(400)]
-    assert set(draws) == {0, 1, 4}
-    assert draws.count(1) / 400 == pytest.approx(0.5, abs=0.08)
-
-
-def test_interval_of_one_conversation_is_its_mean():
-    assert mean_interval([1, 2, 6], ["a"] * 3) == (3, 3, 3)
-
-
-def test_interval_is_the_same_each_time():
-    values, clusters = np.random.default_rng(4).normal(size=20), [str(i // 2) for i in range(20)]
-    assert mean_interval(values, clusters) == mean_interval(values, clusters)
-    assert mean_interval(values, clusters, seed=1) != mean_interval(values, clusters)
-
-
-def test_interval_text():
-    assert interval_text([1, 2, 6], ["a"] * 3) == "3.000 [3.000, 3.000], n=3 (1 conversations)"
-
 
 # The comparison in numbers
 
 
 @pytest.fixture
 def table():
-    """Four contexts of two conversations. Differences 2, -1, 0, 3: mean 1; a's 0.5, b's 1.5."""
+    """Four contexts of two conversations. Differences 2, -1, 0, 3: mean 1; a's 0.5, b's 1.5.
+
+    Over the tokens' differences 2, 4, 4, 6: slope 2 / 8, intercept 0; a's alone 5, b's alone -6.
+    """
     return pd.DataFrame(
         {
             "conversation": ["a", "a", "b", "b"],
@@ -113,6 +54,9 @@ def test_summarise_by_hand(table):
         "reward_difference": 1.0,
         "reward_difference_low": 0.5,
         "reward_difference_high": 1.5,
+        "reward_same_length": 0.0,
+        "reward_same_length_low": -6.0,
+        "reward_same_length_high": 5.0,
         "reward_win": 0.5,
         "reward_tie": 0.25,
         "kl": 1.0,
@@ -130,13 +74,36 @@ def test_report_by_hand(table):
         "| | soft | hard | soft minus hard (95% interval) |",
         "|---|---|---|---|",
         "| reward | 2.000 | 1.000 | +1.000 [+0.500, +1.500] |",
-        "| reward: wins of 4 | 2 | 1 | 1 ties |",
+        "| reward, at equal length | | | +0.000 [-6.000, +5.000], +0.250 a token |",
+        "| reward: wins of 4 | 2 | 1 | 1 ties; exact sign test p = 1 |",
         "| tokens | 7.000 | 3.000 | +4.000 [+3.000, +5.000] |",
         "| unfinished | 0.250 | 0.500 | -0.250 [-0.500, +0.000] |",
-        "| KL to the hard prompt, nats a reply | 1.000 [1.000, 1.000], n=4 (2 conversations) | 0 | |",
+        "| KL to the hard prompt, nats a reply | 1.000 [1.000, 1.000] | 0 | |",
         "",
         "n = 4 contexts of 2 conversations.",
+        "At equal length no gain in reward is shown: the gain may be length.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("gain", "longer", "noted"),
+    [
+        (lambda i: 0.5 * i, lambda i: i, True),  # nothing but length
+        (lambda i: 1.0 + 0.1 * i, lambda i: i, False),  # longer, and better beyond it
+        (lambda i: 1.0 + i % 3, lambda i: 0, False),  # better at the same length
+        (lambda i: -0.5 * i, lambda i: i, False),  # no gain to explain
+        (lambda i: (-1.0) ** i, lambda i: i % 5, False),  # neither
+    ],
+)
+def test_report_says_where_a_gain_may_be_length(table, gain, longer, noted):
+    """Also beside a reward of which it is not so."""
+    many = pd.concat([table] * 10, ignore_index=True)
+    many["conversation"] = [str(i) for i in range(40)]
+    many["soft_reward"] = many["hard_reward"] + [gain(i) for i in range(1, 41)]
+    many["soft_tokens"] = many["hard_tokens"] + [longer(i) for i in range(1, 41)]
+    many["soft_judge"], many["hard_judge"] = 1.0, 0.0
+    notes = [line for line in report(many, ["reward", "judge"]).splitlines() if "may be length" in line]
+    assert notes == ["At equal length no gain in reward is shown: the gain may be length."] * noted
 
 
 def test_report_without_a_reward(table):
@@ -145,16 +112,28 @@ def test_report_without_a_reward(table):
 
 
 def test_add_scores(table):
+    """Asked TRL's way: by name, a completion being a list of one message."""
     asked = []
 
-    def reward(prompts, completions):
-        asked.append((prompts, completions))
-        return [10 * len(p) + int(c[1]) for p, c in zip(prompts, completions, strict=True)]
+    def reward(*, prompts, completions):
+        asked.append((prompts, [c[0]["content"] for c in completions]))
+        assert all(len(c) == 1 and c[0]["role"] == "assistant" for c in completions)
+        return [10 * len(p) + int(c[0]["content"][1]) for p, c in zip(prompts, completions, strict=True)]
 
     add_scores(table, "judge", reward)
     prompts = [sample_context(i) for i in range(4)]
     assert asked == [(prompts, ["s0", "s1", "s2", "s3"]), (prompts, ["h0", "h1", "h2", "h3"])]
     assert table["soft_judge"].tolist() == [30, 11, 12, 33] == table["hard_judge"].tolist()
+
+
+@pytest.mark.parametrize("names", [["reward"], ["reward", "judge"]])
+def test_picture_is_a_png_with_a_panel_a_score(table, names, tmp_path):
+    table["soft_judge"], table["hard_judge"] = 1.0, 2.0
+    picture(table, names, tmp_path / "differences.png")
+    content = (tmp_path / "differences.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    assert (width, height) == (720 * len(names), 480)
 
 
 # Replies
@@ -233,128 +212,74 @@ def test_random_state_outside_is_left_alone(policy_parts, rows):
     assert soft_prefix(policy_parts[0]).requires_grad
 
 
-# The blinded sheet
-
-TRICKY = [
-    "plain",
-    "=1+1",
-    "=cmd|'/c calc'!A1",
-    "+1",
-    "-1",
-    "@SUM(A1)",
-    "007",
-    "1e5",
-    "TRUE",
-    "你好，\n換行 🙂",
-    "quotes \" and ' and, commas",
-    "#N/A",
-]
+# Best of n
 
 
 @pytest.fixture
-def replies():
-    """Each tricky text once on the soft side, once on the hard side."""
-    texts = TRICKY + [f"other {i}" for i in range(len(TRICKY))]
-    others = [f"answer {i}" for i in range(len(TRICKY))] + TRICKY
-    return pd.DataFrame(
-        {"prompt": [sample_context(i) for i in range(len(texts))], "soft": texts, "hard": others, "conversation": "a"}
-    )
+def draws():
+    """Two contexts of five replies in mixed order, with ties."""
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame({"context": [0, 1] * 5, "conversation": ["a", "b"] * 5})
+    frame["reward"] = random.integers(0, 4, 10).astype(float)
+    frame["judge"] = random.normal(size=10)
+    assert frame.groupby("context")["reward"].nunique().max() < 5
+    return frame
 
 
-def read_key(folder):
-    return json.loads((folder / KEY).read_text(encoding="utf-8"))
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_equals_all_subsets(draws, n):
+    """Every n of the five, the best of each by reward; of equal ones the later, for both scores."""
+    gained = best_of_n(draws, ["reward", "judge"], n)
+    assert gained["conversation"].tolist() == ["a", "b"]
+    for context in (0, 1):
+        group = draws[draws["context"] == context].to_dict("records")
+        best = [max(reversed(subset), key=lambda r: r["reward"]) for subset in itertools.combinations(group, n)]
+        for name in ("reward", "judge"):
+            gain = np.mean([r[name] for r in best]) - np.mean([r[name] for r in group])
+            assert gained[name][context] == pytest.approx(gain)
+    if n == 1:
+        assert gained[["reward", "judge"]].abs().to_numpy().max() < 1e-12
 
 
-def test_blinded_sheet_reads_back_as_it_was(replies, tmp_path):
-    write_blinded_sheet(replies, tmp_path, seed=3)
-    sheet = openpyxl.load_workbook(tmp_path / SHEET).worksheets[0]
-    rows = list(sheet.iter_rows(values_only=False))
-    assert (
-        [c.value for c in rows[0]]
-        == list(COLUMNS)
-        == [
-            "context_messages",
-            "policy_response",
-            "reference_response",
-            "human_eval",
-        ]
-    )
-    assert len(rows) == len(replies) + 1
-    sides = read_key(tmp_path)["soft_side"]
-    for cells, (_, reply), side in zip(rows[1:], replies.iterrows(), sides, strict=True):
-        # Text, whatever it looks like: neither formulas nor numbers.
-        assert [c.data_type for c in cells[:3]] == ["s", "s", "s"]
-        assert json.loads(cells[0].value) == reply["prompt"]
-        soft, hard = (1, 2) if side == "policy_response" else (2, 1)
-        assert (cells[soft].value, cells[hard].value) == (reply["soft"], reply["hard"])
-        assert cells[3].value is None
+def test_best_of_n_report_by_hand(table):
+    """Of 1 2 3 4 the best of two is 20 / 6 on average and the best of four 4, less 2.5; the judge thinks the reverse.
+
+    Four of one context, eight of the other: a best of eight there is not. KL: ln 2 - 1 / 2, ln 4 - 3 / 4.
+    """
+    table["soft_judge"], table["hard_judge"] = 1.5, 2.0
+    draws = pd.DataFrame({"context": [0] * 4 + [1] * 8, "conversation": "a", "reward": [3.0, 1, 4, 2] + [0] * 8})
+    draws["judge"] = -draws["reward"]
+    assert best_of_n_report(table, draws, ["reward", "judge"]).splitlines() == [
+        "| chosen by reward | KL, nats a reply | reward gained (95% interval) | judge gained (95% interval) |",
+        "|---|---|---|---|",
+        "| hard prompt, best of 2 | at most 0.19 | +0.417 [+0.417, +0.417] | -0.417 [-0.417, -0.417] |",
+        "| hard prompt, best of 4 | at most 0.64 | +0.750 [+0.750, +0.750] | -0.750 [-0.750, -0.750] |",
+        "| soft prefix, one reply | 1.00 | +1.000 [+0.500, +1.500] | -0.500 [-0.500, -0.500] |",
+    ]
 
 
-def test_no_formula_is_in_the_file(replies, tmp_path):
-    """In the file's own XML, as a spreadsheet program would read it."""
-    import zipfile
-
-    write_blinded_sheet(replies, tmp_path, seed=3)
-    with zipfile.ZipFile(tmp_path / SHEET) as archive:
-        xml = archive.read("xl/worksheets/sheet1.xml").decode()
-    assert "<f>" not in xml and "<f " not in xml
+def draw(policy_parts, rows, temperature=1.0, draws=3, batch_size=4, seed=7):
+    model, tokenizer, _ = policy_parts
+    return draw_hard(model, tokenizer, rows, Sampling(8, temperature), draws, batch_size, seed)
 
 
-def test_control_characters_are_dropped(tmp_path):
-    table = pd.DataFrame(
-        {
-            "prompt": [sample_context(0)] * 2,
-            "soft": ["a\x00b\x1bc\ufffe\uffff", "\x07"],
-            "hard": ["", "fine\n"],
-            "conversation": "a",
-        }
-    )
-    write_blinded_sheet(table, tmp_path, seed=0)
-    frame = pd.read_excel(tmp_path / SHEET, dtype=object, keep_default_na=False)
-    texts = {frame["policy_response"][0], frame["reference_response"][0]}
-    assert texts == {"abc", "(no text)"}
-    assert {frame["policy_response"][1], frame["reference_response"][1]} == {"(no text)", "fine\n"}
+def test_drawn_replies_are_the_hard_prompts(policy_parts, rows):
+    """Greedily they are the hard ones of the comparison, in the order of the contexts, wherever the soft prefix is."""
+    move(policy_parts[0])
+    table, drawn = answer(policy_parts, rows, 0.0), draw(policy_parts, rows, 0.0)
+    assert drawn["context"].tolist() == np.repeat(range(6), 3).tolist()
+    for column, source in (("conversation", "conversation"), ("prompt", "prompt"), ("reply", "hard")):
+        assert drawn[column].tolist() == [table[source][i] for i in drawn["context"]]
+    assert table["soft"].tolist() != table["hard"].tolist()
 
 
-def test_sides_are_drawn_with_the_seed(replies, tmp_path):
-    keys = []
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        (tmp_path / name).mkdir()
-        write_blinded_sheet(replies, tmp_path / name, seed=seed)
-        keys.append(read_key(tmp_path / name))
-    assert keys[0] == keys[1] and keys[0]["soft_side"] != keys[2]["soft_side"]
-    assert keys[0]["seed"] == 3 and len(keys[0]["soft_side"]) == len(replies)
-    # Both sides about equally often, so a habit of choosing the left says nothing.
-    many = pd.concat([replies] * 20, ignore_index=True)
-    write_blinded_sheet(many, tmp_path, seed=0)
-    share = read_key(tmp_path)["soft_side"].count("policy_response") / len(many)
-    assert share == pytest.approx(0.5, abs=0.1)
-
-
-def test_sheet_itself_does_not_tell_the_sides(replies, tmp_path):
-    """Not in its cells, its formats, its properties: only in the key."""
-    write_blinded_sheet(replies, tmp_path, seed=3)
-    book = openpyxl.load_workbook(tmp_path / SHEET)
-    assert len(book.worksheets) == 1
-    looks = {(c.font.b, c.fill.fgColor.rgb, c.alignment.wrap_text) for row in book.active["B2:C25"] for c in row}
-    assert len(looks) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([SHEET, KEY])
-
-
-def test_filled_sheet_is_read_and_the_better_side_is_chosen(replies, tmp_path):
-    """A judge who always prefers what the soft prompt said, with some rows left without a direction."""
-    write_blinded_sheet(replies, tmp_path, seed=3)
-    sides = read_key(tmp_path)["soft_side"]
-    book = openpyxl.load_workbook(tmp_path / SHEET)
-    labels = [0 if side == "policy_response" else 1 for side in sides]
-    labels[4], labels[5] = 2, 3
-    for row, label in enumerate(labels, start=2):
-        book.active.cell(row, 4, label)
-    book.save(tmp_path / "filled.xlsx")
-    preferences = load_preferences(str(tmp_path / "filled.xlsx"))
-    kept = [i for i in range(len(replies)) if i not in (4, 5)]
-    assert preferences.counts[2] == preferences.counts[3] == 1
-    assert preferences.dataset["chosen"] == [replies["soft"][i] for i in kept]
-    assert preferences.dataset["rejected"] == [replies["hard"][i] for i in kept]
-    assert preferences.dataset["prompt"] == [replies["prompt"][i] for i in kept]
-    assert preferences.dataset["row"] == [i + 2 for i in kept]
+def test_draws_differ_and_depend_on_the_seed_alone(policy_parts, rows):
+    drawn = draw(policy_parts, rows)
+    assert drawn.groupby("context")["reply"].nunique().max() > 1
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    move(policy_parts[0])
+    assert draw(policy_parts, rows)["reply"].tolist() == drawn["reply"].tolist()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert policy_parts[0].active_adapter == "default"
+    assert draw(policy_parts, rows, seed=8)["reply"].tolist() != drawn["reply"].tolist()

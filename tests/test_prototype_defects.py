@@ -14,19 +14,19 @@ from h2s.arguments import CompareModelArguments, PolicyModelArguments
 from h2s.callbacks import DropPickledArguments
 from h2s.chat_prefix import chat_prefix, encode_prompts, wrap_chat_template
 from h2s.contexts import conversation_id, split_by_conversation
-from h2s.evaluation import mean_interval
 from h2s.ppo_config import SingleStepPPOConfig
 from h2s.ppo_trainer import SingleStepPPOTrainer
 from h2s.prefix import add_hard_prompt, load_base_model, load_tokenizer, prefix_from_hard_prompt, soft_prefix
 from h2s.reward_model import RewardModel, build_reward_model, encode_pair
 from h2s.rollout import Batch, Sampling, completion_logps, decode, generate
+from h2s.statistics import mean_interval
 from h2s.value_head import PolicyWithValueHead
 
 PAD, BATCH = 0, 4
 
 
 def spelled(prompts, completions):
-    return [sum(map(ord, c)) % 7 for c in completions]
+    return [sum(map(ord, message["content"])) % 7 for (message,) in completions]
 
 
 @pytest.fixture

@@ -186,7 +186,8 @@ def test_batched_scores_equal_unpadded_ones_in_order(bert, bert_tokenizer, batch
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     backwards = model.score(CONTEXTS[::-1], RESPONSES[::-1])
     assert backwards.tolist() == pytest.approx(expected[::-1], abs=1e-5)
-    assert model(CONTEXTS, RESPONSES) == pytest.approx(expected, abs=1e-5)
+    completions = [[{"role": "assistant", "content": r}] for r in RESPONSES]
+    assert model(prompts=CONTEXTS, completions=completions) == pytest.approx(expected, abs=1e-5)
     assert not model.cuts["context"]
 
 
@@ -263,12 +264,13 @@ def test_columns_of_the_tokenized_pairs(bert_tokenizer):
     )
     cuts = Counter()
     (row,) = tokenize_preferences(dataset, bert_tokenizer, 6, cuts)
-    names = {k: bert_tokenizer.convert_ids_to_tokens(v) for k, v in row.items() if not k.endswith("type_ids")}
+    names = {k: bert_tokenizer.convert_ids_to_tokens(v) for k, v in row.items() if k in ("chosen_ids", "rejected_ids")}
     assert names == {
         "chosen_ids": ["[CLS]", "walk", "[SEP]", "tea", "[SEP]"],
         "rejected_ids": ["[CLS]", "walk", "[SEP]", "rain", "cat", "[SEP]"],
     }
     assert row["chosen_type_ids"] == [0, 0, 0, 1, 1] and row["rejected_type_ids"] == [0, 0, 0, 1, 1, 1]
+    assert row["length"] == 6  # the longer of the two: what batches are grouped by
     assert not +cuts
 
 

@@ -71,7 +71,7 @@ def main(model_folder: str, out: str, batch: str, ratio_norm: str) -> None:
         eval_dataset=None,
         processing_class=tokenizer,
         prefix=prefix,
-        reward=lambda prompts, completions: [float(len(c) % 5) for c in completions],
+        reward=lambda prompts, completions: [float(len(c[0]["content"]) % 5) for c in completions],
     )
     trainer.train()
     seen = gather_object([trainer.seen])

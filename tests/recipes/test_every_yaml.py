@@ -23,7 +23,7 @@ YAMLS = sorted((ROOT / "recipes").glob("*/*.yaml"))
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "h2s.json", "README.md", "recipe.yaml"}
 SMALL = {
     "convert": [],
-    "reward": ["--num_train_epochs", "1", "--max_tokens", "90"],
+    "reward": ["--num_train_epochs", "1", "--max_tokens", "90", "--test_size", "0.3"],
     "policy": ["--max_steps", "2", "--num_train_epochs", "1", "--max_completion_length", "6"],
     "compare": ["--max_completion_length", "6"],
 }
@@ -84,6 +84,8 @@ def test_yaml_runs(file, gemma_folder, bert_folder, sheet_file, contexts_file, a
         flags += ["--path", assistant_first if opening else contexts_file, "--reward_adapter", reward_adapter]
     if file.stem == "compare":
         flags += ["--policy_adapter", policy_adapter, "--reward_adapter", reward_adapter, "--path", assistant_first]
+    if "judge_adapter" in content["model"]:
+        flags += ["--judge_adapter", reward_adapter]
     run(recipe, *flags)
     names = {f.name for f in (tmp_path / "run").iterdir()}
     assert {"recipe.yaml", "train.log"} <= names
@@ -91,6 +93,10 @@ def test_yaml_runs(file, gemma_folder, bert_folder, sheet_file, contexts_file, a
         assert len([n for n in names if n.endswith(".xlsx")]) == 1 and len([n for n in names if "key" in n]) == 1
     else:
         assert names >= ADAPTER
+    if file.stem == "reward":
+        assert names >= {"accuracy.md", "accuracy.png", "pairs.parquet"}
+        assert ("judge" in names) == ("judge_share" in content["dataset"])
+        assert ("folds" in names) == ("folds" in content["dataset"])
     if file.stem == "policy":
         assert names >= {"value_head.safetensors", "trainer_state.json", "completions"}
         assert list((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))

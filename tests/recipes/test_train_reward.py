@@ -1,0 +1,201 @@
+"""What `train_reward.py` does beside one training: folds and a judge; and `train_policy.py` with a reward of one's own.
+
+One run with both is interrupted in its last fold and resumed; the tests look at what it left.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import ROOT, sample_context
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from h2s import reward_training
+from h2s.contexts import folds_by_conversation, share_with_judge, split_by_conversation
+from h2s.preferences import load_preferences
+from h2s.reward_model import RewardModel, context_text
+
+FOLDS, TEST_SIZE = 3, 0.3
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "h2s.json", "README.md"}
+REPORT = {"accuracy.md", "accuracy.png", "pairs.parquet"}
+
+
+def run(recipe: str, *argv: object) -> None:
+    spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(a) for a in argv])
+
+
+def conversations(*parts):
+    return {c for part in parts for c in part["conversation"]}
+
+
+@pytest.fixture(scope="module")
+def resumed(bert_folder, sheet_file, tmp_path_factory):
+    """The run's folder and what it trained before and after the interruption."""
+    out = tmp_path_factory.mktemp("reward")
+    flags = ["--reward_model_name_or_path", bert_folder, "--path", sheet_file, "--num_train_epochs", 1, "--max_tokens",
+             90, "--test_size", TEST_SIZE, "--folds", FOLDS, "--judge_share", 0.5, "--report_to", "none",
+             "--output_dir", out, "--run_name", "r"]  # fmt: skip
+    folder, trained = out / "r", []
+    plain = reward_training.train_reward_model
+
+    def watched(source, tokens, tokenizer, limit, parts, args, where):
+        trained.append((str(Path(where).relative_to(folder)), parts))
+        if breaks and where == folder / "folds" / "3":
+            raise RuntimeError("the power is gone")
+        return plain(source, tokens, tokenizer, limit, parts, args, where)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward_training, "train_reward_model", watched)
+        breaks = True
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            run("train_reward", *flags)
+        first = {f.parent.name: f.read_bytes() for f in folder.glob("folds/*/pairs.parquet")}
+        names = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+        before, trained[:] = list(trained), []
+        breaks = False
+        run("train_reward", *flags, "--resume_from_checkpoint", "true")
+    return SimpleNamespace(folder=folder, before=before, after=trained, finished=first, names=names)
+
+
+@pytest.fixture(scope="module")
+def dataset(sheet_file):
+    return load_preferences(str(sheet_file)).dataset
+
+
+def test_a_finished_fold_is_not_trained_again(resumed):
+    assert [name for name, _ in resumed.before] == ["folds/1", "folds/2", "folds/3"]
+    # Of a finished fold its pairs are kept, and nothing else.
+    assert {n for n in resumed.names if n.startswith("folds/")} == {f"folds/{i}/pairs.parquet" for i in (1, 2)}
+    assert [name for name, _ in resumed.after] == ["folds/3", ".", "judge"]
+    # The two files stand as they were, and the report holds them.
+    for number, content in resumed.finished.items():
+        assert (resumed.folder / "folds" / number / "pairs.parquet").read_bytes() == content
+    pairs = pd.read_parquet(resumed.folder / "pairs.parquet")
+    tables = [pd.read_parquet(resumed.folder / "folds" / str(i) / "pairs.parquet") for i in (1, 2, 3)]
+    pd.testing.assert_frame_equal(pairs, pd.concat(tables, ignore_index=True))
+
+
+def test_every_pair_is_judged_once_by_a_model_that_never_saw_it(resumed, dataset):
+    pairs = pd.read_parquet(resumed.folder / "pairs.parquet")
+    assert sorted(pairs["row"]) == sorted(dataset["row"]) and len(pairs) == 80
+    by_row = {row["row"]: row for row in dataset}
+    for row in pairs.itertuples():
+        pair = by_row[row.row]
+        assert (row.conversation, row.label) == (pair["conversation"], pair["label"])
+        assert row.length_difference == len(pair["chosen"]) - len(pair["rejected"])
+    assert pairs["margin"].nunique() > 30 and pairs["linear"].nunique() > 30
+    # Each fold's model was trained on that fold's other conversations, and its table is of its own.
+    folds = folds_by_conversation(dataset, FOLDS, 42)
+    for number, (split, (_, parts)) in enumerate(zip(folds, [*resumed.before[:2], resumed.after[0]], strict=True), 1):
+        table = pd.read_parquet(resumed.folder / "folds" / str(number) / "pairs.parquet")
+        assert table["row"].tolist() == split["test"]["row"]
+        assert not set(table["conversation"]) & conversations(parts["train"], parts["validation"])
+
+
+def test_reward_and_judge_are_trained_on_different_conversations(resumed, dataset):
+    (_, reward), (_, judge) = resumed.after[1:]
+    expected = share_with_judge(split_by_conversation(dataset, 42, TEST_SIZE), 42, 0.5)
+    for parts, right in zip((reward, judge), expected, strict=True):
+        assert {n: p["row"] for n, p in parts.items()} == {n: p["row"] for n, p in right.items()}
+    assert not conversations(reward["train"], reward["validation"]) & conversations(judge["train"], judge["validation"])
+    # The judge is reported on all that it never saw, the reward model's conversations among them.
+    pairs = pd.read_parquet(resumed.folder / "judge" / "pairs.parquet")
+    assert pairs["row"].tolist() == judge["test"]["row"]
+    assert conversations(reward["train"]) <= set(pairs["conversation"])
+    weights = [load_file(resumed.folder / f / "adapter_model.safetensors")["prompt_embeddings"] for f in (".", "judge")]
+    assert not torch.equal(*weights)
+
+
+def test_files_of_reward_and_judge(resumed):
+    folder = resumed.folder
+    assert {f.name for f in folder.iterdir()} >= ADAPTER | REPORT | {"recipe.yaml", "train.log", "folds", "judge"}
+    assert {f.name for f in (folder / "judge").iterdir()} >= ADAPTER | REPORT
+    for file in (folder / "accuracy.png", folder / "judge" / "accuracy.png"):
+        assert file.read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.rglob("training_args.bin"))
+    content = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    assert (content["dataset"]["folds"], content["dataset"]["judge_share"]) == (FOLDS, 0.5)
+
+
+def test_what_reward_and_judge_say_of_themselves(resumed):
+    folds = "on all conversations, each by a model that never saw it (3 folds)"
+    report = (resumed.folder / "accuracy.md").read_text(encoding="utf-8")
+    assert folds in report and "n=80 (40 conversations)" in report
+    # Each of the sheet's pairs stands there twice, its sides exchanged.
+    assert "pairs judged more than once 40, of them contradictory 0" in report
+    card = (resumed.folder / "README.md").read_text(encoding="utf-8")
+    assert folds in card and "on conversations that this model never saw" in card
+    judge = (resumed.folder / "judge" / "README.md").read_text(encoding="utf-8")
+    assert "judge model" in judge and "folds" not in judge
+    assert "on conversations that it never saw" in (resumed.folder / "judge" / "accuracy.md").read_text("utf-8")
+    log = (resumed.folder / "train.log").read_text(encoding="utf-8")
+    for number in (1, 2, 3):
+        assert f"fold {number} of 3: accuracy" in log
+
+
+def test_judge_loads_with_plain_peft(resumed):
+    folder = str(resumed.folder / "judge")
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    encoded = AutoTokenizer.from_pretrained(folder)(context_text(sample_context(1)), "how was it?", return_tensors="pt")
+    with torch.no_grad():
+        score = plain(**encoded).logits.item()
+    scores = [RewardModel.from_pretrained(f).score([sample_context(1)], ["how was it?"]).item()
+              for f in (folder, str(resumed.folder))]  # fmt: skip
+    assert scores[0] == pytest.approx(score, abs=1e-5) and abs(scores[0] - scores[1]) > 1e-4
+
+
+def test_without_folds_and_judge(bert_folder, sheet_file, tmp_path, dataset):
+    """The report is of the test part, by the model that is kept."""
+    run("train_reward", "--reward_model_name_or_path", bert_folder, "--path", sheet_file, "--num_train_epochs", 1,
+        "--report_to", "none", "--output_dir", tmp_path, "--run_name", "r")  # fmt: skip
+    names = {f.name for f in (tmp_path / "r").iterdir()}
+    assert names >= ADAPTER | REPORT and not names & {"folds", "judge"}
+    test = split_by_conversation(dataset, 42, 0.2)["test"]
+    pairs = pd.read_parquet(tmp_path / "r" / "pairs.parquet")
+    assert pairs["row"].tolist() == test["row"]
+    model = RewardModel.from_pretrained(str(tmp_path / "r"))
+    margins = model.score(test["prompt"], test["chosen"]) - model.score(test["prompt"], test["rejected"])
+    assert pairs["margin"].tolist() == pytest.approx(margins.tolist(), abs=1e-5)
+
+
+def test_a_reward_function_of_ones_own(gemma_folder, contexts_file, tmp_path, monkeypatch):
+    """From a module in the current folder, called as TRL calls its own."""
+    name = "rewards_of_this_test"
+    (tmp_path / f"{name}.py").write_text(
+        "calls = []\n\n"
+        "def length(prompts, completions, **kwargs):\n"
+        "    calls.append((prompts, completions))\n"
+        "    return [len(completion[0]['content']) / 10 for completion in completions]\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        run("train_policy", "--model_name_or_path", gemma_folder, "--hard_prompt", "Be kind.", "--path", contexts_file,
+            "--reward_function", f"{name}.length", "--max_steps", 1, "--per_device_train_batch_size", 4,
+            "--max_completion_length", 6, "--value_warmup_batches", 0, "--report_to", "none", "--output_dir",
+            tmp_path / "out", "--run_name", "p")  # fmt: skip
+        calls = sys.modules[name].calls
+    finally:
+        sys.modules.pop(name, None)
+    folder = tmp_path / "out" / "p"
+    # The rollout's four first, then each evaluation's.
+    completions = pd.read_parquet(folder / "completions" / "step-000001.parquet")
+    prompts, replies = calls[0]
+    assert replies == [[{"role": "assistant", "content": text}] for text in completions["completion"]]
+    assert [p[0]["content"] for p in prompts] == [p[0]["content"] for p in completions["prompt"]]
+    assert completions["score"].tolist() == pytest.approx([len(t) / 10 for t in completions["completion"]])
+    assert {f.name for f in folder.iterdir()} >= ADAPTER | {"differences.png", "recipe.yaml"}
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert any("eval_reward_difference" in line for line in state["log_history"])

@@ -79,10 +79,13 @@ class OverOptimisation(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """One line in the log, with the judge's intervals: a small fall may be chance."""
         found = over_optimised(state.log_history)
-        if metrics is not None and "eval_judge_difference" in metrics:
-            metrics["eval_over_optimised"] = float(found is not None)
         if found is not None and state.is_world_process_zero:
             best, last = found
+            # The starting prefix is evaluated by eval_on_start, and never kept.
+            kept = max(
+                (e for e in state.log_history if "eval_judge_difference" in e and e["step"] > 0),
+                key=lambda e: e["eval_judge_difference"],
+            )
             logger.warning(
                 "over-optimisation: since step %d the reward rose from %+.3f to %+.3f and the judge fell from %s to %s;"
                 " the adapter of step %d is kept",
@@ -94,5 +97,5 @@ class OverOptimisation(TrainerCallback):
                     f"{e['eval_judge_difference_high']:+.3f}]"
                     for e in found
                 ),
-                best["step"],
+                kept["step"],
             )

@@ -269,8 +269,7 @@ def folds_by_conversation(dataset: Dataset, folds: int, split_seed: int) -> list
     result = []
     for fold in range(folds):
         part: dict[str, Part] = dict.fromkeys(conversations[fold::folds], "test")
-        others = [c for c in conversations if c not in part]
-        part |= dict.fromkeys(others[:: 2 * (folds - 1)], "validation")
+        part |= dict.fromkeys(conversations[(fold + 1) % folds :: folds][::2], "validation")
         where = [part.get(c, "train") for c in dataset["conversation"]]
         names: tuple[Part, ...] = ("train", "validation", "test")
         result.append({n: dataset.select([i for i, w in enumerate(where) if w == n]) for n in names})

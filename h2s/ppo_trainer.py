@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
-from h2s.callbacks import EvaluateLastStep, OverOptimisation
+from h2s.callbacks import EvaluateLastStep, OverOptimisation, over_optimised
 from h2s.chat_prefix import ChatPrefix
 from h2s.evaluation import add_scores, answer_both, summarise
 from h2s.ppo_config import SingleStepPPOConfig
@@ -295,6 +295,9 @@ class SingleStepPPOTrainer(Trainer):
         if world > 1:
             table = pd.DataFrame.from_records(gather_object(table.to_dict("records")))
         metrics = {f"{metric_key_prefix}_{k}": v for name in self.judges for k, v in summarise(table, name).items()}
+        if "eval_judge_difference" in metrics:
+            found = over_optimised([*self.state.log_history, metrics])
+            metrics["eval_over_optimised"] = float(found is not None)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_in_train and self.state.global_step > 0 and self._is_best(metrics):

@@ -21,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedTokenizerBase
 
+from h2s.errors import InputError
 from h2s.preferences import LABELS, POLICY_BETTER, Preferences
 from h2s.reward_model import RewardModel, context_text, encode_pair
 from h2s.statistics import difference_text, share_interval, share_text
@@ -60,6 +61,9 @@ class FrozenFeatures:
         max_tokens: text tokens of a (context, response) pair.
         dataset: all pairs of a sheet.
         device: where to compute.
+
+    Raises:
+        InputError: the model cannot be loaded.
     """
 
     def __init__(
@@ -70,7 +74,10 @@ class FrozenFeatures:
         dataset: Dataset,
         device: str | torch.device = "cpu",
     ):
-        bert = AutoModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False).eval().to(device)
+        try:
+            bert = AutoModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False).eval().to(device)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"no encoder can be loaded from {source}: {error}") from error
         rows = [
             encode_pair(tokenizer, context_text(row["prompt"]), row[side], max_tokens)
             for side in ("chosen", "rejected")
@@ -157,7 +164,7 @@ def accuracy_line(table: pd.DataFrame) -> str:
 def length_groups(table: pd.DataFrame) -> pd.Series:
     """Quartiles of how much the two responses differ in length, as labels like `12 to 40 characters`."""
     size = table["length_difference"].abs()
-    quartile = pd.qcut(size, 4, labels=False, duplicates="drop")
+    quartile = pd.qcut(size, 4, labels=False, duplicates="drop").fillna(0)
     spans = {q: f"{size[quartile == q].min()} to {size[quartile == q].max()}" for q in quartile.unique()}
     return quartile.map(spans)
 
@@ -187,7 +194,7 @@ def accuracy_report(table: pd.DataFrame, what: str) -> str:
     lines += [
         "",
         f"Expected calibration error {expected_calibration_error(bins):.3f}; log loss {log_loss(table):.3f} nats "
-        f"(a coin: 0.693). It sides with the longer response in {_agreement(table):.0%} of the pairs.",
+        f"(a coin: 0.693).{_agreement(table)}",
         "",
         "| pairs | this model | the longer response wins |",
         "|---|---|---|",
@@ -202,10 +209,13 @@ def accuracy_report(table: pd.DataFrame, what: str) -> str:
     return "\n".join(lines)
 
 
-def _agreement(table: pd.DataFrame) -> float:
+def _agreement(table: pd.DataFrame) -> str:
     """How often the model prefers the longer response, where the lengths differ."""
     differ = table["length_difference"] != 0
-    return float((np.sign(table["margin"]) == np.sign(table["length_difference"]))[differ].mean())
+    if not differ.any():
+        return ""
+    agrees = (np.sign(table["margin"]) == np.sign(table["length_difference"]))[differ].mean()
+    return f" It sides with the longer response in {agrees:.0%} of the pairs."
 
 
 def accuracy_picture(table: pd.DataFrame, path: Path) -> None:

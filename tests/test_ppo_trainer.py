@@ -815,7 +815,6 @@ def test_a_run_that_goes_well_says_nothing(build, warnings_of, judge):
     assert [m.get("eval_over_optimised") for m in returned] == [None if judge is None else 0] * 3
 
 
-@pytest.mark.xfail(strict=True, reason="the metric is added after the line is logged")
 def test_over_optimisation_is_in_the_history(build):
     """TensorBoard and trainer_state.json show what is logged, nothing else."""
     trainer = build(Course([1.0, 2.0]), judge=Course([2.0, 1.0]), max_steps=2, **EVERY_STEP)
@@ -823,7 +822,6 @@ def test_over_optimisation_is_in_the_history(build):
     assert logged(trainer, "eval_over_optimised") == [0, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="the starting prefix is named, which is never kept")
 def test_the_adapter_that_is_said_to_be_kept_is(build, warnings_of):
     """The judge liked the starting prefix best; it is no candidate."""
     settings = {"max_steps": 2, "eval_on_start": True, **EVERY_STEP, **KEPT_ALL}

@@ -28,7 +28,8 @@ def workbook(folder, rows, columns=COLUMNS, name="sheet.xlsx"):
 def test_directions(tmp_path):
     rows = [[CONTEXT, "A", "B", 0], [CONTEXT, "C", "D", 1]]
     loaded = load_preferences(workbook(tmp_path, rows)).dataset
-    assert loaded.column_names == ["prompt", "chosen", "rejected", "conversation", "row"]
+    assert loaded.column_names == ["prompt", "chosen", "rejected", "label", "conversation", "row"]
+    assert list(loaded["label"]) == [0, 1]
     assert list(loaded["chosen"]) == ["A", "D"]
     assert list(loaded["rejected"]) == ["B", "C"]
     assert list(loaded["row"]) == [2, 3]

@@ -27,6 +27,7 @@ from h2s.reward_model import (
     max_text_tokens,
     tokenize_preferences,
 )
+from h2s.reward_training import reward_optimizer
 
 VIRTUAL = 4
 LIMIT = 64
@@ -240,12 +241,12 @@ def test_plain_peft_scores_the_same(bert, bert_tokenizer, tmp_path):
     assert json.loads(done.stdout) == pytest.approx(scores, abs=1e-5)
 
 
-def test_saved_adapter_holds_prefix_and_head(bert, bert_tokenizer, tmp_path):
+def test_saved_adapter_holds_prefix_pooler_and_head(bert, bert_tokenizer, tmp_path):
     RewardModel(bert, bert_tokenizer, LIMIT).save(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert torch.equal(saved["prompt_embeddings"], soft_prefix(bert))
-    assert any("classifier" in name for name in saved)
-    assert sum(t.numel() for t in saved.values()) < 1000
+    modules = {name.removeprefix("base_model.") for name in saved} - {"prompt_embeddings"}
+    assert modules == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
 
 
 def test_policy_adapter_is_no_reward_model(gemma_folder, tmp_path):
@@ -320,11 +321,11 @@ def build(loud_bert, bert_tokenizer, sheet_file, tmp_path):
     return make
 
 
-def test_prefix_and_head_are_trained_and_nothing_else(build):
+def test_prefix_pooler_and_head_are_trained_and_nothing_else(build):
     trainer = build()
     model = trainer.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trained = {n for n in before if "prompt_encoder" in n or ("classifier" in n and "original_module" not in n)}
+    trained = {n for n in before if "prompt_encoder" in n or "modules_to_save" in n}
     trainer.train()
     wrong = []
     for name, parameter in model.named_parameters():
@@ -333,9 +334,31 @@ def test_prefix_and_head_are_trained_and_nothing_else(build):
         if name not in trained and not torch.equal(parameter, before[name]):
             wrong.append(f"{name} moved")
     assert wrong == []
-    assert len(trained) == 3 and sum("bert.encoder" in n for n in before) > 20
+    assert len(trained) == 5 and sum("bert.encoder" in n for n in before) > 20
     # Adam's first steps are about the learning rate long: the prefix got a real gradient.
     assert (soft_prefix(model) - before[next(n for n in trained if "prompt_encoder" in n)]).abs().max() > 1e-3
+
+
+def test_prefix_and_head_have_their_own_learning_rates(bert):
+    """Each Adam's first step is its learning rate long, whatever the gradient."""
+    args = RewardModelConfig(learning_rate=0.5, head_learning_rate=0.01, report_to="none")
+    optimizer = reward_optimizer(bert, args)
+    before = {name: p.detach().clone() for name, p in bert.named_parameters() if p.requires_grad}
+    for parameter in bert.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in bert.named_parameters():
+        if name in before:
+            step = 0.5 if "prompt_encoder" in name else 0.01
+            torch.testing.assert_close(before[name] - parameter, torch.full_like(parameter, step))
+
+
+def test_the_prefix_begins_small(bert_folder):
+    """PEFT draws it from N(0, 1); a tenth of that leaves the encoder nearly as it was."""
+    torch.manual_seed(0)
+    prefix = soft_prefix(build_reward_model(str(bert_folder), 100))
+    assert prefix.std().item() == pytest.approx(0.1, rel=0.05)
 
 
 def test_loss_is_the_pairwise_logistic_loss(build, bert_tokenizer):

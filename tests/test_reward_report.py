@@ -236,7 +236,6 @@ def test_length_groups_are_quartiles_of_the_size(table):
     assert set(Counter(length_groups(many))) == {"0 to 50", "51 to 100", "101 to 150", "151 to 200"}
 
 
-@pytest.mark.xfail(strict=True, reason="one length alone has no quartiles")
 @pytest.mark.parametrize("lengths", [[3] * 6, [-3, 3] * 3, [0] * 6])
 def test_pairs_that_all_differ_by_the_same_length(table, tmp_path, lengths):
     """A small test part, or the only pair of one: the report comes after the training, and must not end it."""

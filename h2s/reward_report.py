@@ -30,6 +30,8 @@ REPORT, PICTURE, PAIRS = "accuracy.md", "accuracy.png", "pairs.parquet"
 # Confidence is at least one half: the model always prefers one of the two.
 CONFIDENCE_BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BATCH_SIZE = 64
+# On the picture: what the bar is called, and the column of the pair table.
+BASELINES = {"longer wins": "length_difference", "linear": "linear"}
 
 
 def sheet_report(preferences: Preferences) -> str:
@@ -222,7 +224,7 @@ def accuracy_picture(table: pd.DataFrame, path: Path) -> None:
     """Three panels: accuracy beside the baselines, reliability, accuracy by difference in length."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     bars, reliability, lengths = figure.subplots(1, 3)
-    sides = {"this model": "margin", "longer wins": "length_difference", "linear": "linear"}
+    sides = {"this model": "margin"} | BASELINES
     conversations = table["conversation"].tolist()
     _bars(bars, {name: (right(table[column]).tolist(), conversations) for name, column in sides.items()})
     bars.set_title(f"accuracy, n={len(table)} ({len(set(conversations))} conversations)")
@@ -246,9 +248,9 @@ def accuracy_picture(table: pd.DataFrame, path: Path) -> None:
 
 def _bars(axis, groups: dict[str, tuple[list[float], list[str]]]) -> None:
     """Shares with their intervals, and chance as a line."""
-    for i, (values, conversations) in enumerate(groups.values()):
+    for i, (name, (values, conversations)) in enumerate(groups.items()):
         share, low, high = share_interval(values, conversations)
-        axis.bar(i, share, color="tab:blue" if i == 0 else "lightsteelblue")
+        axis.bar(i, share, color="lightsteelblue" if name in BASELINES else "tab:blue")
         axis.errorbar(i, share, yerr=[[share - low], [high - share]], color="black", capsize=4)
     axis.axhline(0.5, color="grey", linestyle="--", linewidth=1)
     axis.set_xticks(range(len(groups)), list(groups))

@@ -160,11 +160,11 @@ def people_verdict(sheet: str) -> str:
             raise InputError(f"{sheet}, row {number}: not a row of the key: its texts were changed")
         label = int(float(label))
         if label in (POLICY_BETTER, REFERENCE_BETTER):
-            soft_won = SIDES[label] == side
-            counts["soft" if soft_won else "hard"] += 1
+            winner = "soft" if SIDES[label] == side else "hard"
         else:
-            counts[LABELS[label]] += 1
-        wins.append(float(soft_won) if label in (POLICY_BETTER, REFERENCE_BETTER) else 0.5)
+            winner = LABELS[label]
+        counts[winner] += 1
+        wins.append({"soft": 1.0, "hard": 0.0}.get(winner, 0.5))
         conversations.append(conversation_id(parse_messages(str(texts[0]))))
     lines = ["| people's verdict | rows |", "|---|---|"]
     lines += [f"| {name} | {counts[name]} |" for name in ("soft", "hard")]

@@ -274,3 +274,8 @@ def folds_by_conversation(dataset: Dataset, folds: int, split_seed: int) -> list
         names: tuple[Part, ...] = ("train", "validation", "test")
         result.append({n: dataset.select([i for i, w in enumerate(where) if w == n]) for n in names})
     return result
+
+
+def columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+    """Collate contexts: they have nothing to pad before they are answered, so a batch is its columns."""
+    return {name: [row[name] for row in rows] for name in ("prompt", "prompt_ids")}

@@ -23,6 +23,7 @@ from trl.models import unwrap_model_for_generation
 
 from h2s.callbacks import EvaluateLastStep, OverOptimisation, over_optimised
 from h2s.chat_prefix import ChatPrefix
+from h2s.contexts import columns
 from h2s.evaluation import add_scores, answer_both, summarise
 from h2s.ppo_config import SingleStepPPOConfig
 from h2s.ppo_loss import (
@@ -91,7 +92,7 @@ class SingleStepPPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_columns,
+            data_collator=columns,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -296,8 +297,7 @@ class SingleStepPPOTrainer(Trainer):
             table = pd.DataFrame.from_records(gather_object(table.to_dict("records")))
         metrics = {f"{metric_key_prefix}_{k}": v for name in self.judges for k, v in summarise(table, name).items()}
         if "eval_judge_difference" in metrics:
-            found = over_optimised([*self.state.log_history, metrics])
-            metrics["eval_over_optimised"] = float(found is not None)
+            metrics["eval_over_optimised"] = float(over_optimised([*self.state.log_history, metrics]) is not None)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_in_train and self.state.global_step > 0 and self._is_best(metrics):
@@ -348,8 +348,3 @@ class SingleStepPPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         """The best adapter lies at the run's root."""
         self._load_from_checkpoint(self.args.output_dir)
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list]:
-    """Contexts have nothing to pad before they are answered: a batch is its columns."""
-    return {name: [row[name] for row in rows] for name in ("prompt", "prompt_ids")}

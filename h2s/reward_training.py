@@ -4,8 +4,8 @@ import copy
 from collections import Counter
 from pathlib import Path
 
+import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardTrainer
@@ -23,16 +23,24 @@ from h2s.reward_model import (
 from h2s.run_folder import logger, newest_checkpoint
 
 
-def reward_optimizer(model: PeftModel, args: RewardModelConfig) -> AdamW:
-    """AdamW with two groups: the prefix, which wants large steps, and pooler and head, which do not."""
-    prefix = soft_prefix(model)
-    head = [p for p in model.parameters() if p.requires_grad and p is not prefix]
-    return AdamW(
-        [{"params": [prefix], "lr": args.learning_rate}, {"params": head, "lr": args.head_learning_rate}],
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-    )
+class PrefixRewardTrainer(RewardTrainer):
+    """TRL's trainer with a learning rate of its own for pooler and head."""
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with two groups: the prefix, which wants large steps, and pooler and head, which do not.
+
+        By this method, since Trainer takes no optimizer from outside under FSDP.
+        """
+        args = self.args
+        prefix = soft_prefix(self.model)
+        head = [p for p in self.model.parameters() if p.requires_grad and p is not prefix]
+        self.optimizer = AdamW(
+            [{"params": [prefix], "lr": args.learning_rate}, {"params": head, "lr": args.head_learning_rate}],
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+        return self.optimizer
 
 
 def train_reward_model(
@@ -63,14 +71,13 @@ def train_reward_model(
     set_seed(args.seed)
     model = build_reward_model(source, num_virtual_tokens)
     cuts: Counter[str] = Counter()
-    trainer = RewardTrainer(
+    trainer = PrefixRewardTrainer(
         model=model,
         args=args,
         data_collator=PreferenceCollator(tokenizer),
         train_dataset=tokenize_preferences(parts["train"], tokenizer, max_tokens, cuts),
         eval_dataset=tokenize_preferences(parts["validation"], tokenizer, max_tokens, cuts),
         processing_class=tokenizer,
-        optimizers=(reward_optimizer(model, args), None),
         callbacks=[PrefixGradientCheck(), SelectByAccuracy(), ReadableLog(), DropPickledArguments()],
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if args.resume_from_checkpoint else None)

@@ -14,9 +14,7 @@ from h2s.arguments import (
     HardPromptArguments,
     NoArguments,
     need,
-    parse_recipe,
     read_hard_prompt,
-    write_recipe,
 )
 from h2s.chat_prefix import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
 from h2s.errors import InputError, exits_on_bad_input
@@ -31,6 +29,7 @@ from h2s.prefix import (
     room_for_text,
     save_adapter,
 )
+from h2s.recipe import parse_recipe, write_recipe
 from h2s.run_folder import claim, logger, start_log
 
 # The largest difference of a logit, relative to the largest logit, that float32 rounding explains.

@@ -5,9 +5,10 @@ python recipes/generate.py --policy_adapter outputs/policy
 """
 
 from h2s import PrefixTuningPolicyModel
-from h2s.arguments import AdapterArguments, ConversationArguments, GenerateArguments, need, parse_recipe
+from h2s.arguments import AdapterArguments, ConversationArguments, GenerateArguments, need
 from h2s.contexts import parse_messages
 from h2s.errors import InputError, exits_on_bad_input
+from h2s.recipe import parse_recipe
 from h2s.rollout import Sampling
 
 

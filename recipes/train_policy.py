@@ -7,7 +7,7 @@
 from peft import TaskType
 from transformers import set_seed
 
-from h2s.arguments import DatasetArguments, PolicyModelArguments, need, parse_recipe, read_hard_prompt, write_recipe
+from h2s.arguments import DatasetArguments, PolicyModelArguments, need, read_hard_prompt
 from h2s.callbacks import ReadableLog
 from h2s.chat_prefix import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
 from h2s.contexts import load_contexts, split_by_conversation
@@ -28,6 +28,7 @@ from h2s.prefix import (
     read_adapter_config,
     room_for_text,
 )
+from h2s.recipe import parse_recipe, write_recipe
 from h2s.reward_model import RewardModel
 from h2s.rewards import RewardFunction, load_reward_function
 from h2s.run_folder import claim, logger, newest_checkpoint, start_log

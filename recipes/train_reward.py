@@ -9,12 +9,13 @@ import time
 
 import pandas as pd
 
-from h2s.arguments import RewardDatasetArguments, RewardModelArguments, need, parse_recipe, write_recipe
+from h2s.arguments import RewardDatasetArguments, RewardModelArguments, need
 from h2s.contexts import folds_by_conversation, share_with_judge, split_by_conversation
 from h2s.errors import exits_on_bad_input
 from h2s.model_card import push, write_card
 from h2s.preferences import load_preferences
 from h2s.prefix import load_config, load_tokenizer, model_source
+from h2s.recipe import parse_recipe, write_recipe
 from h2s.reward_model import RewardModel, RewardModelConfig, check_encoder, max_text_tokens
 from h2s.reward_report import (
     PAIRS,

@@ -140,6 +140,19 @@ def bert_folder(tmp_path_factory) -> Path:
     return save_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
+@pytest.fixture(scope="session")
+def loud_bert(bert_folder, tmp_path_factory) -> str:
+    """The tiny BERT with ten times its weights: as it is, it makes nearly the same of every text."""
+    folder = tmp_path_factory.mktemp("models") / "loud-bert"
+    model = BertForSequenceClassification.from_pretrained(bert_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10 if parameter.dim() == 2 else 1)
+    model.save_pretrained(folder)
+    load_tokenizer(str(bert_folder)).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def base(gemma_folder):
     return load_base_model(str(gemma_folder), dtype="float32")

@@ -13,12 +13,11 @@ from h2s.arguments import (
     NoArguments,
     PolicyModelArguments,
     RewardModelArguments,
-    parse_recipe,
     read_hard_prompt,
-    write_recipe,
 )
 from h2s.errors import InputError
 from h2s.ppo_config import SingleStepPPOConfig
+from h2s.recipe import parse_recipe, write_recipe
 from h2s.reward_model import RewardModelConfig
 
 POLICY = (PolicyModelArguments, DatasetArguments, SingleStepPPOConfig)

@@ -9,8 +9,6 @@ import torch
 from conftest import sample_context
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import BertForSequenceClassification
-from trl import RewardTrainer
 
 from h2s.callbacks import PrefixGradientCheck, SelectByAccuracy
 from h2s.errors import InputError
@@ -27,7 +25,7 @@ from h2s.reward_model import (
     max_text_tokens,
     tokenize_preferences,
 )
-from h2s.reward_training import reward_optimizer
+from h2s.reward_training import PrefixRewardTrainer
 
 VIRTUAL = 4
 LIMIT = 64
@@ -36,20 +34,6 @@ LIMIT = 64
 @pytest.fixture
 def bert_tokenizer(bert_folder):
     return load_tokenizer(str(bert_folder))
-
-
-@pytest.fixture(scope="module")
-def loud_bert(bert_folder, tmp_path_factory):
-    """The tiny BERT with ten times its weights: as it is, all its scores are nearly the same."""
-    folder = tmp_path_factory.mktemp("models") / "loud-bert"
-    model = BertForSequenceClassification.from_pretrained(bert_folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(10)
-    model.save_pretrained(folder)
-    load_tokenizer(str(bert_folder)).save_pretrained(folder)
-    return str(folder)
 
 
 def build_loud(loud_bert):
@@ -293,7 +277,7 @@ def test_collator_puts_chosen_before_rejected(bert_tokenizer):
 
 @pytest.fixture
 def build(loud_bert, bert_tokenizer, sheet_file, tmp_path):
-    """TRL's trainer as the recipe builds it, on a few pairs."""
+    """The trainer as the recipe builds it, on a few pairs."""
 
     def make(callbacks=(PrefixGradientCheck,), pairs=16, **settings):
         model = build_loud(loud_bert)
@@ -308,7 +292,7 @@ def build(loud_bert, bert_tokenizer, sheet_file, tmp_path):
             "report_to": "none",
             "disable_tqdm": True,
         } | settings
-        return RewardTrainer(
+        return PrefixRewardTrainer(
             model=model,
             args=RewardModelConfig(output_dir=str(tmp_path / "run"), **settings),
             data_collator=PreferenceCollator(bert_tokenizer),
@@ -339,10 +323,10 @@ def test_prefix_pooler_and_head_are_trained_and_nothing_else(build):
     assert (soft_prefix(model) - before[next(n for n in trained if "prompt_encoder" in n)]).abs().max() > 1e-3
 
 
-def test_prefix_and_head_have_their_own_learning_rates(bert):
+def test_prefix_and_head_have_their_own_learning_rates(build):
     """Each Adam's first step is its learning rate long, whatever the gradient."""
-    args = RewardModelConfig(learning_rate=0.5, head_learning_rate=0.01, report_to="none")
-    optimizer = reward_optimizer(bert, args)
+    trainer = build(learning_rate=0.5, head_learning_rate=0.01)
+    bert, optimizer = trainer.model, trainer.create_optimizer()
     before = {name: p.detach().clone() for name, p in bert.named_parameters() if p.requires_grad}
     for parameter in bert.parameters():
         if parameter.requires_grad:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from matplotlib import image
 from sklearn.linear_model import LogisticRegression
-from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
+from transformers import AutoTokenizer, BertModel
 
 from h2s.preferences import load_preferences
 from h2s.prefix import load_tokenizer
@@ -40,19 +40,6 @@ def preferences(sheet_file):
 def pairs(preferences):
     """Not in the order of the sheet, as a split may leave them."""
     return preferences.dataset.shuffle(seed=5)
-
-
-@pytest.fixture(scope="module")
-def loud_bert(bert_folder, tmp_path_factory):
-    """The tiny BERT with ten times its weights: as it is, it makes nearly the same of every text."""
-    folder = tmp_path_factory.mktemp("models") / "loud-bert"
-    model = BertForSequenceClassification.from_pretrained(bert_folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(10 if parameter.dim() == 2 else 1)
-    model.save_pretrained(folder)
-    load_tokenizer(str(bert_folder)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

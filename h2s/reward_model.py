@@ -43,9 +43,9 @@ class RewardModelConfig(RewardConfig):
     `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `eval_strategy` and `save_strategy` epoch,
     `metric_for_best_model` selection (accuracy, ties by loss), `save_total_limit` 1, `report_to` tensorboard,
     `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix on BERT silently loses its gradient
-    under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `train_sampling_strategy` group_by_length,
-    `remove_unused_columns` False (the collator needs the token types), `max_length` None (it would drop long rows; they
-    are cut before).
+    under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the collator needs
+    the token types), `max_length` None (it would drop long rows; they are cut before). `train_sampling_strategy` has
+    no say: a step holds whole conversations.
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
@@ -67,7 +67,6 @@ class RewardModelConfig(RewardConfig):
     )
     max_length: int | None = field(default=None, metadata={"help": "TRL drops longer rows; see max_tokens instead."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the token types."})
-    train_sampling_strategy: str = field(default="group_by_length", metadata={"help": "Less padding in a batch."})
     resume_from_checkpoint: bool = field(
         default=False, metadata={"help": "Go on from the newest complete checkpoint of the run's folder."}
     )
@@ -171,32 +170,34 @@ def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
 def tokenize_preferences(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int, cuts: Counter
 ) -> Dataset:
-    """`chosen_ids`, `rejected_ids`, their `…_type_ids` and `length`: what `RewardTrainer` and the collator use."""
+    """`chosen_ids`, `rejected_ids`, their `…_type_ids` and `conversation`: what trainer and collator use."""
     rows = []
     for row in dataset:
         text = context_text(row["prompt"])
-        encoded: dict[str, Any] = {}
+        encoded: dict[str, Any] = {"conversation": row["conversation"]}
         for side in ("chosen", "rejected"):
             pair = encode_pair(tokenizer, text, row[side], max_tokens, cuts)
             encoded |= {f"{side}_ids": pair["input_ids"], f"{side}_type_ids": pair["token_type_ids"]}
-        rows.append(encoded | {"length": max(len(encoded["chosen_ids"]), len(encoded["rejected_ids"]))})
+        rows.append(encoded)
     return Dataset.from_list(rows)
 
 
 @dataclass
 class PreferenceCollator:
-    """Pads pairs: the chosen rows first, then the rejected ones, as `RewardTrainer` expects them."""
+    """Pads the distinct texts of some pairs; judgements of one conversation share many of them."""
 
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchEncoding:
-        """2 N padded rows from N pairs."""
-        features = [
-            {"input_ids": r[f"{side}_ids"], "token_type_ids": r[f"{side}_type_ids"]}
-            for side in ("chosen", "rejected")
-            for r in rows
+        """M padded texts from N pairs, and `rows`, shape (2 N,): which of them each chosen, then each rejected, is."""
+        sides = [
+            (tuple(r[f"{side}_ids"]), tuple(r[f"{side}_type_ids"])) for side in ("chosen", "rejected") for r in rows
         ]
-        return self.tokenizer.pad(features, return_tensors="pt")
+        places = {text: place for place, text in enumerate(dict.fromkeys(sides))}
+        features = [{"input_ids": list(ids), "token_type_ids": list(types)} for ids, types in places]
+        batch = self.tokenizer.pad(features, return_tensors="pt")
+        batch["rows"] = torch.tensor([places[text] for text in sides])
+        return batch
 
 
 class RewardModel:

@@ -2,11 +2,14 @@
 
 import copy
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 from datasets import Dataset
 from torch.optim import AdamW
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardTrainer
 
@@ -23,8 +26,52 @@ from h2s.reward_model import (
 from h2s.run_folder import logger, newest_checkpoint
 
 
+class ConversationSampler(Sampler[int]):
+    """Pairs in a random order of their conversations, those of one conversation together.
+
+    So a step sees all that was judged of a conversation. With its pairs strewn over an epoch the model meets the same
+    texts again and again, and learns them by heart (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+    """
+
+    def __init__(self, conversations: Sequence[str], seed: int):
+        self.rows = pd.Series(range(len(conversations))).groupby(list(conversations), sort=False).agg(list).tolist()
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for conversation in torch.randperm(len(self.rows), generator=generator).tolist():
+            yield from self.rows[conversation]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate's call at the start of each epoch: another order."""
+        self.epoch = epoch
+
+
 class PrefixRewardTrainer(RewardTrainer):
-    """TRL's trainer with a learning rate of its own for pooler and head."""
+    """TRL's trainer with a learning rate of its own for pooler and head, and steps of whole conversations."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of pairs in the order of [`ConversationSampler`], the same on every process; each takes its share."""
+        args, pairs = self.args, self.train_dataset
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = ConversationSampler(pairs["conversation"], seed)
+        loader = DataLoader(pairs, args.train_batch_size, sampler=sampler, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's pairwise loss, each distinct text of the batch encoded once."""
+        rows = inputs.pop("rows")
+
+        def scored(**texts):
+            outputs = model(**texts)
+            outputs.logits = outputs.logits[rows]  # (2 N, 1), as TRL expects them
+            return outputs
+
+        return super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with two groups: the prefix, which wants large steps, and pooler and head, which do not.

@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -245,7 +246,14 @@ def test_policy_adapter_is_no_reward_model(gemma_folder, tmp_path):
 
 def test_columns_of_the_tokenized_pairs(bert_tokenizer):
     dataset = Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": "walk"}], "chosen": "tea", "rejected": "rain cat"}]
+        [
+            {
+                "prompt": [{"role": "user", "content": "walk"}],
+                "chosen": "tea",
+                "rejected": "rain cat",
+                "conversation": "c",
+            }
+        ]
     )
     cuts = Counter()
     (row,) = tokenize_preferences(dataset, bert_tokenizer, 6, cuts)
@@ -255,24 +263,40 @@ def test_columns_of_the_tokenized_pairs(bert_tokenizer):
         "rejected_ids": ["[CLS]", "walk", "[SEP]", "rain", "cat", "[SEP]"],
     }
     assert row["chosen_type_ids"] == [0, 0, 0, 1, 1] and row["rejected_type_ids"] == [0, 0, 0, 1, 1, 1]
-    assert row["length"] == 6  # the longer of the two: what batches are grouped by
+    assert row["conversation"] == "c"  # what a step is filled by
     assert not +cuts
 
 
-def test_collator_puts_chosen_before_rejected(bert_tokenizer):
-    rows = [
-        {
-            "chosen_ids": [2, 5, 3],
-            "chosen_type_ids": [0, 0, 1],
-            "rejected_ids": [2, 6, 7, 3],
-            "rejected_type_ids": [0, 0, 1, 1],
-        },
-        {"chosen_ids": [2, 8], "chosen_type_ids": [0, 1], "rejected_ids": [2, 9], "rejected_type_ids": [0, 1]},
-    ]
-    batch = PreferenceCollator(bert_tokenizer)(rows)
-    assert batch["input_ids"].tolist() == [[2, 5, 3, 0], [2, 8, 0, 0], [2, 6, 7, 3], [2, 9, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["token_type_ids"].tolist() == [[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0]]
+def test_collator_encodes_each_text_once(bert_tokenizer):
+    """Three pairs of three texts; one text has another's tokens and other types."""
+    a = {"ids": [2, 5, 3], "type_ids": [0, 0, 1]}
+    b = {"ids": [2, 6, 7, 3], "type_ids": [0, 0, 1, 1]}
+    c = {"ids": [2, 5, 3], "type_ids": [0, 1, 1]}
+
+    def pair(chosen, rejected):
+        return {f"chosen_{k}": v for k, v in chosen.items()} | {f"rejected_{k}": v for k, v in rejected.items()}
+
+    batch = PreferenceCollator(bert_tokenizer)([pair(a, b), pair(b, c), pair(a, c)])
+    assert batch["input_ids"].tolist() == [[2, 5, 3, 0], [2, 6, 7, 3], [2, 5, 3, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1, 0], [0, 0, 1, 1], [0, 1, 1, 0]]
+    assert batch["rows"].tolist() == [0, 1, 0, 1, 2, 2]  # the chosen of each pair, then the rejected
+
+
+def test_steps_hold_whole_conversations_in_another_order_each_epoch(build):
+    trainer = build(pairs=40, per_device_train_batch_size=1)
+    names = trainer.train_dataset["conversation"]
+    loader = trainer.get_train_dataloader()
+    assert len(set(names)) > 5
+    orders = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        order = list(loader.batch_sampler.sampler)
+        assert sorted(order) == list(range(40))
+        visited = [names[i] for i in order]
+        assert sum(a != b for a, b in pairwise(visited)) == len(set(names)) - 1
+        orders.append(order)
+    assert orders[0] == orders[2] != orders[1]
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """What the runs add to Trainer's loop."""
 
-from pathlib import Path
-
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from h2s.errors import RunError, Terminated
+from h2s.exits import stop_request
 from h2s.prefix import soft_prefix
 from h2s.run_folder import logger
 
@@ -17,7 +20,7 @@ class PrefixGradientCheck(TrainerCallback):
         if state.global_step == 0:
             gradient = soft_prefix(model).grad
             if gradient is None or not gradient.abs().sum() > 0:
-                raise RuntimeError("the prefix has no gradient at the first step: only the head would be trained")
+                raise RunError("the prefix has no gradient at the first step: only the head would be trained")
 
 
 class SelectByAccuracy(TrainerCallback):
@@ -35,16 +38,6 @@ class ReadableLog(TrainerCallback):
         """One line."""
         parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in (logs or {}).items()]
         logger.info("step %d: %s", state.global_step, "  ".join(parts), extra={"file_only": True})
-
-
-class DropPickledArguments(TrainerCallback):
-    """Trainer pickles its arguments beside every checkpoint; `recipe.yaml` says the same and can be trusted."""
-
-    def on_save(self, args, state, control, **kwargs):
-        """Remove what was just pickled."""
-        if state.is_world_process_zero:
-            for file in Path(args.output_dir).rglob("training_args.bin"):
-                file.unlink()
 
 
 class EvaluateLastStep(TrainerCallback):
@@ -99,3 +92,26 @@ class OverOptimisation(TrainerCallback):
                 ),
                 kept["step"],
             )
+
+
+class StopOnSigterm(TrainerCallback):
+    """Saves at the end of the step in which a SIGTERM came to any process, and ends the training there."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """From here on there is something to save."""
+        stop_request.can_wait = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """All processes stop together: a scheduler may signal one of them first."""
+        came = torch.tensor([float(stop_request.came)])
+        if PartialState().num_processes > 1:
+            came = gather(came.to(args.device))
+        if came.any():
+            stop_request.came = True
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """What was asked for is done."""
+        stop_request.can_wait = False
+        if stop_request.came:
+            raise Terminated

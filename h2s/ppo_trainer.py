@@ -18,12 +18,14 @@ from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
-from h2s.callbacks import EvaluateLastStep, OverOptimisation, over_optimised
+from h2s.callbacks import EvaluateLastStep, OverOptimisation, StopOnSigterm, over_optimised
 from h2s.chat_prefix import ChatPrefix
+from h2s.checkpoints import WholeCheckpoints
 from h2s.contexts import columns
+from h2s.errors import RunError
 from h2s.evaluation import add_scores, answer_both, summarise
 from h2s.ppo_config import SingleStepPPOConfig
 from h2s.ppo_loss import (
@@ -46,7 +48,7 @@ VALUE_WARMUP_UPDATES = 20
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
-class SingleStepPPOTrainer(Trainer):
+class SingleStepPPOTrainer(WholeCheckpoints):
     """Moves a soft prefix toward what a reward prefers, starting from its hard prompt.
 
     Args:
@@ -96,7 +98,7 @@ class SingleStepPPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), EvaluateLastStep(), OverOptimisation()],
+            callbacks=[*(callbacks or []), EvaluateLastStep(), OverOptimisation(), StopOnSigterm()],
         )
 
     # ---- what is trained ----
@@ -155,7 +157,7 @@ class SingleStepPPOTrainer(Trainer):
         texts = [decode(self.processing_class, c, self.stop_ids) for c in completions]
         scores = torch.tensor(score_replies(self.reward, inputs["prompt"], texts), device=device)  # (B,)
         if not scores.isfinite().all():
-            raise RuntimeError(f"the reward of a completion is not finite: {scores.tolist()}")
+            raise RunError(f"the reward of a completion is not finite: {scores.tolist()}")
         clipped = scores if args.reward_clip is None else scores.clamp(-args.reward_clip, args.reward_clip)
         unfinished = torch.tensor([c[-1] not in self.stop_ids for c in completions], device=device)
 
@@ -212,7 +214,7 @@ class SingleStepPPOTrainer(Trainer):
             vf_loss = value_loss(values, rollout.returns[index])
             loss = pg_loss + self.args.vf_coef * vf_loss - self.args.entropy_coef * masked_mean(entropy, mask).mean()
             if not loss.isfinite():
-                raise RuntimeError(f"the loss is {loss.item()}: policy {pg_loss.item()}, value {vf_loss.item()}")
+                raise RunError(f"the loss is {loss.item()}: policy {pg_loss.item()}, value {vf_loss.item()}")
             norm = self._apply(loss)
             if first_pass:
                 # Advantages of 0 (a sparse reward, say) have no gradient, and need none.
@@ -266,7 +268,7 @@ class SingleStepPPOTrainer(Trainer):
 
     def _check_first_pass(self, ratio: torch.Tensor, norm: float, gradient_expected: bool) -> None:
         if self.state.global_step == 0 and norm == 0 and gradient_expected:
-            raise RuntimeError("the prefix has no gradient at the first update")
+            raise RunError("the prefix has no gradient at the first update")
         self._record("val/ratio", ratio)
         error = (ratio - 1).abs().max().item()
         tolerance = RATIO_TOLERANCE.get(self.policy.model.get_base_model().dtype, 0.2)
@@ -300,14 +302,9 @@ class SingleStepPPOTrainer(Trainer):
             metrics["eval_over_optimised"] = float(over_optimised([*self.state.log_history, metrics]) is not None)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.is_in_train and self.state.global_step > 0 and self._is_best(metrics):
-            self._save(self.args.output_dir)
+        if self.is_in_train and self.state.global_step > 0 and self.is_best(metrics):
+            self.save_best()
         return metrics
-
-    def _is_best(self, metrics: dict[str, float]) -> bool:
-        value = metrics["eval_" + self.args.metric_for_best_model.removeprefix("eval_")]
-        best = self.state.best_metric
-        return best is None or (value > best if self.args.greater_is_better else value < best)
 
     # ---- logs and files ----
 

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardTrainer
 
-from h2s.callbacks import DropPickledArguments, PrefixGradientCheck, ReadableLog, SelectByAccuracy
+from h2s.callbacks import PrefixGradientCheck, ReadableLog, SelectByAccuracy, StopOnSigterm
+from h2s.checkpoints import WholeCheckpoints, checkpoint_to_resume
 from h2s.contexts import Part
 from h2s.prefix import load_weights, soft_prefix
 from h2s.reward_model import (
@@ -23,7 +24,7 @@ from h2s.reward_model import (
     build_reward_model,
     tokenize_preferences,
 )
-from h2s.run_folder import logger, newest_checkpoint
+from h2s.run_folder import logger
 
 
 class ConversationSampler(Sampler[int]):
@@ -51,7 +52,7 @@ class ConversationSampler(Sampler[int]):
         self.epoch = epoch
 
 
-class PrefixRewardTrainer(RewardTrainer):
+class PrefixRewardTrainer(WholeCheckpoints, RewardTrainer):
     """TRL's trainer with a learning rate of its own for pooler and head, and steps of whole conversations."""
 
     def get_train_dataloader(self) -> DataLoader:
@@ -125,9 +126,9 @@ def train_reward_model(
         train_dataset=tokenize_preferences(parts["train"], tokenizer, max_tokens, cuts),
         eval_dataset=tokenize_preferences(parts["validation"], tokenizer, max_tokens, cuts),
         processing_class=tokenizer,
-        callbacks=[PrefixGradientCheck(), SelectByAccuracy(), ReadableLog(), DropPickledArguments()],
+        callbacks=[PrefixGradientCheck(), SelectByAccuracy(), ReadableLog(), StopOnSigterm()],
     )
-    trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if args.resume_from_checkpoint else None)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args, folder))
     best = trainer.state.best_model_checkpoint
     if best is not None:
         load_weights(model, best)

@@ -1,4 +1,4 @@
-"""A run's folder `<output_dir>/<run_name>/`: claimed once, with a readable log, and nothing pickled left in it."""
+"""A run's folder `<output_dir>/<run_name>/`: claimed once, with a readable log."""
 
 import logging
 import sys
@@ -13,6 +13,7 @@ from h2s.errors import InputError
 
 logger = logging.getLogger("h2s")
 LOG_FILE = "train.log"
+claimed: list[Path] = []  # the folder of this process's run
 
 
 def claim(output_dir: str, run_name: str | None, resume: bool = False) -> Path:
@@ -32,6 +33,7 @@ def claim(output_dir: str, run_name: str | None, resume: bool = False) -> Path:
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
+    claimed[:] = [folder]
     return folder
 
 
@@ -46,17 +48,12 @@ def start_log(folder: Path) -> None:
     if not PartialState().is_main_process:
         logger.addHandler(logging.NullHandler())
         return
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     file = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(file)
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
+    terminal.setLevel(logging.INFO)
     terminal.addFilter(lambda record: not getattr(record, "file_only", False))
     logger.addHandler(terminal)
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The checkpoint of the most steps that was written to its end (Trainer writes `trainer_state.json` last)."""
-    complete = [f.parent for f in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda c: int(c.name.rsplit("-", 1)[1]))) if complete else None

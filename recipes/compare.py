@@ -16,8 +16,8 @@ from h2s.arguments import (
 from h2s.blinded_sheet import KEY, SHEET, check_fits_cells, people_verdict, write_blinded_sheet
 from h2s.chat_prefix import ChatPrefix, encode_prompts
 from h2s.contexts import load_contexts, split_by_conversation
-from h2s.errors import exits_on_bad_input
 from h2s.evaluation import PICTURE, add_scores, answer_both, best_of_n_report, draw_hard, picture, report
+from h2s.exits import reports_errors
 from h2s.prefix import adapter_folder, add_hard_prompt, load_config, load_tokenizer, read_adapter_config, room_for_text
 from h2s.recipe import parse_recipe, write_recipe
 from h2s.reward_model import RewardModel
@@ -26,7 +26,7 @@ from h2s.rollout import Sampling
 from h2s.run_folder import claim, logger, start_log
 
 
-@exits_on_bad_input
+@reports_errors
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(CompareModelArguments, CompareDatasetArguments, CompareArguments, argv)
     if data_args.judged is not None:

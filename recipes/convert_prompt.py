@@ -17,7 +17,8 @@ from h2s.arguments import (
     read_hard_prompt,
 )
 from h2s.chat_prefix import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
-from h2s.errors import InputError, exits_on_bad_input
+from h2s.errors import InputError
+from h2s.exits import reports_errors
 from h2s.model_card import push, write_card
 from h2s.prefix import (
     load_base_model,
@@ -56,7 +57,7 @@ def measured_difference(base, model, tokenizer: PreTrainedTokenizerBase, prefix:
     return ((soft - hard).abs().max() / hard.abs().max()).item()
 
 
-@exits_on_bad_input
+@reports_errors
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(HardPromptArguments, NoArguments, ConvertArguments, argv)
     started = time.time()

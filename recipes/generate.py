@@ -7,7 +7,8 @@ python recipes/generate.py --policy_adapter outputs/policy
 from h2s import PrefixTuningPolicyModel
 from h2s.arguments import AdapterArguments, ConversationArguments, GenerateArguments, need
 from h2s.contexts import parse_messages
-from h2s.errors import InputError, exits_on_bad_input
+from h2s.errors import InputError
+from h2s.exits import reports_errors
 from h2s.recipe import parse_recipe
 from h2s.rollout import Sampling
 
@@ -36,7 +37,7 @@ def chat(policy: PrefixTuningPolicyModel, sampling: Sampling) -> None:
         conversation.append({"role": "assistant", "content": reply or "…"})
 
 
-@exits_on_bad_input
+@reports_errors
 def main(argv: list[str] | None = None) -> None:
     import torch
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from h2s.embedded import resolve
-from h2s.errors import exits_on_bad_input
+from h2s.exits import reports_errors
 
 HERE = Path(__file__).parent
 OUTPUTS = Path("outputs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
@@ -32,7 +32,7 @@ STAGES = {
 }
 
 
-@exits_on_bad_input
+@reports_errors
 def main() -> None:
     started = time.time()
     for name in ("embedded:gemma-3-270m", "embedded:minilm"):

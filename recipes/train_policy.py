@@ -10,9 +10,11 @@ from transformers import set_seed
 from h2s.arguments import DatasetArguments, PolicyModelArguments, need, read_hard_prompt
 from h2s.callbacks import ReadableLog
 from h2s.chat_prefix import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
+from h2s.checkpoints import checkpoint_to_resume
 from h2s.contexts import load_contexts, split_by_conversation
-from h2s.errors import InputError, exits_on_bad_input
+from h2s.errors import InputError
 from h2s.evaluation import PICTURE, add_scores, answer_both, picture, report
+from h2s.exits import reports_errors
 from h2s.model_card import push, write_card
 from h2s.ppo_config import SingleStepPPOConfig
 from h2s.ppo_trainer import SingleStepPPOTrainer
@@ -31,7 +33,7 @@ from h2s.prefix import (
 from h2s.recipe import parse_recipe, write_recipe
 from h2s.reward_model import RewardModel
 from h2s.rewards import RewardFunction, load_reward_function
-from h2s.run_folder import claim, logger, newest_checkpoint, start_log
+from h2s.run_folder import claim, logger, start_log
 from h2s.value_head import PolicyWithValueHead
 from h2s.what_changed import WHAT_CHANGED, what_changed
 
@@ -53,7 +55,7 @@ def find_prefix(arguments: PolicyModelArguments):
     return config.base_model_name_or_path, config.revision, load_tokenizer(folder), ChatPrefix.load(folder)
 
 
-@exits_on_bad_input
+@reports_errors
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(PolicyModelArguments, DatasetArguments, SingleStepPPOConfig, argv)
 
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         judge=judge,
         callbacks=[ReadableLog()],
     )
-    trainer.train(resume_from_checkpoint=newest_checkpoint(folder) if args.resume_from_checkpoint else None)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args, folder))
     if trainer.state.best_metric is None:  # nothing was evaluated: the last adapter is kept
         trainer.save_model()
     trainer.save_state()

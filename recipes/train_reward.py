@@ -11,7 +11,7 @@ import pandas as pd
 
 from h2s.arguments import RewardDatasetArguments, RewardModelArguments, need
 from h2s.contexts import folds_by_conversation, share_with_judge, split_by_conversation
-from h2s.errors import exits_on_bad_input
+from h2s.exits import reports_errors
 from h2s.model_card import push, write_card
 from h2s.preferences import load_preferences
 from h2s.prefix import load_config, load_tokenizer, model_source
@@ -30,7 +30,7 @@ from h2s.reward_training import train_reward_model
 from h2s.run_folder import claim, logger, start_log
 
 
-@exits_on_bad_input
+@reports_errors
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(RewardModelArguments, RewardDatasetArguments, RewardModelConfig, argv)
 

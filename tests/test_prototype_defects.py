@@ -11,7 +11,6 @@ from transformers import set_seed
 
 from h2s import rollout
 from h2s.arguments import CompareModelArguments, PolicyModelArguments
-from h2s.callbacks import DropPickledArguments
 from h2s.chat_prefix import chat_prefix, encode_prompts, wrap_chat_template
 from h2s.contexts import conversation_id, split_by_conversation
 from h2s.ppo_config import SingleStepPPOConfig
@@ -314,7 +313,7 @@ def test_batches_fixed_once(build):
 
 def test_pickled_checkpoints(build):
     """Adapter and value head are safetensors; only Trainer's own checkpoint internals are torch files."""
-    trainer = build(save_strategy="steps", save_steps=1, callbacks=[DropPickledArguments()])
+    trainer = build(save_strategy="steps", save_steps=1)
     trainer.train()
     checkpoint = Path(trainer.args.output_dir) / "checkpoint-2"
     names = {p.name for p in checkpoint.iterdir()}

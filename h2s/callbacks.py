@@ -23,14 +23,6 @@ class PrefixGradientCheck(TrainerCallback):
                 raise RunError("the prefix has no gradient at the first step: only the head would be trained")
 
 
-class SelectByAccuracy(TrainerCallback):
-    """Adds `eval_selection`: accuracy, and where it ties (a small part often reaches 1 early) the lower loss."""
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Add the metric before Trainer looks for the best."""
-        metrics["eval_selection"] = metrics["eval_accuracy"] - 1e-6 * metrics["eval_loss"]
-
-
 class ReadableLog(TrainerCallback):
     """Writes each of Trainer's log lines to `train.log` in words and rounded numbers (the terminal has its own)."""
 

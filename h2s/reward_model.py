@@ -41,11 +41,11 @@ class RewardModelConfig(RewardConfig):
 
     Differing from TRL's: `learning_rate` 3e-2 (a prefix; 1e-4 is for LoRA), `num_train_epochs` 5,
     `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `eval_strategy` and `save_strategy` epoch,
-    `metric_for_best_model` selection (accuracy, ties by loss), `save_total_limit` 1, `report_to` tensorboard,
-    `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix on BERT silently loses its gradient
-    under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the collator needs
-    the token types), `max_length` None (it would drop long rows; they are cut before). `train_sampling_strategy` has
-    no say: a step holds whole conversations.
+    `metric_for_best_model` loss (a small part's accuracy is mostly chance), `save_total_limit` 1, `report_to`
+    tensorboard, `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix on BERT silently loses its
+    gradient under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the
+    collator needs the token types), `max_length` None (it would drop long rows; they are cut before).
+    `train_sampling_strategy` has no say: a step holds whole conversations.
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
@@ -57,8 +57,8 @@ class RewardModelConfig(RewardConfig):
     eval_strategy: str = field(default="epoch", metadata={"help": "When the validation part is scored."})
     save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept (the best one always)."})
-    metric_for_best_model: str | None = field(default="selection", metadata={"help": "What selects the best epoch."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
+    metric_for_best_model: str | None = field(default="loss", metadata={"help": "What selects the best epoch."})
+    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a larger metric is better."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where metrics go."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
@@ -147,7 +147,7 @@ def check_encoder(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, 
 
 
 def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
-    """A BERT with a scalar head and a random trainable prefix; only prefix, pooler and head are trained.
+    """A BERT with a scalar head and a random trainable prefix; else only pooler and the last layer's query are trained.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -158,12 +158,16 @@ def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no sequence classification model can be loaded from {source}: {error}") from error
     # The pooler stands between [CLS] and the head; the one an encoder comes with was trained for something else.
+    query = f"encoder.layer.{base.config.num_hidden_layers - 1}.attention.self.query"
     config = PrefixTuningConfig(
-        task_type=TaskType.SEQ_CLS, num_virtual_tokens=num_virtual_tokens, modules_to_save=["pooler"]
+        task_type=TaskType.SEQ_CLS, num_virtual_tokens=num_virtual_tokens, modules_to_save=["pooler", query]
     )
     model = get_peft_model(base, config)
     with torch.no_grad():
         soft_prefix(model).mul_(PREFIX_INIT_STD)  # PEFT draws it with a standard deviation of 1
+        # With a query of zero [CLS] attends to all tokens alike: it begins as their mean, and learns where to look.
+        for parameter in model.get_submodule(f"base_model.bert.{query}").modules_to_save.parameters():
+            parameter.zero_()
     return model
 
 
@@ -189,15 +193,13 @@ class PreferenceCollator:
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchEncoding:
-        """M padded texts from N pairs, and `rows`, shape (2 N,): which of them each chosen, then each rejected, is."""
-        sides = [
-            (tuple(r[f"{side}_ids"]), tuple(r[f"{side}_type_ids"])) for side in ("chosen", "rejected") for r in rows
-        ]
-        places = {text: place for place, text in enumerate(dict.fromkeys(sides))}
+        """M padded texts from N pairs, and `pairs`, shape (N, 2): which of them are a pair's chosen and rejected."""
+        pairs = [[(tuple(r[f"{s}_ids"]), tuple(r[f"{s}_type_ids"])) for s in ("chosen", "rejected")] for r in rows]
+        places = {text: place for place, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
         features = [{"input_ids": list(ids), "token_type_ids": list(types)} for ids, types in places]
-        batch = self.tokenizer.pad(features, return_tensors="pt")
-        batch["rows"] = torch.tensor([places[text] for text in sides])
-        return batch
+        # First, since Trainer takes the batch's size from what comes first: it shall count pairs.
+        indices = {"pairs": torch.tensor([[places[text] for text in pair] for pair in pairs])}
+        return BatchEncoding(indices | self.tokenizer.pad(features, return_tensors="pt").data)
 
 
 class RewardModel:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardTrainer
 
-from h2s.callbacks import PrefixGradientCheck, ReadableLog, SelectByAccuracy, StopOnSigterm
+from h2s.callbacks import PrefixGradientCheck, ReadableLog, StopOnSigterm
 from h2s.checkpoints import WholeCheckpoints, checkpoint_to_resume
 from h2s.contexts import Part
 from h2s.prefix import load_weights, soft_prefix
@@ -65,11 +65,11 @@ class PrefixRewardTrainer(WholeCheckpoints, RewardTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's pairwise loss, each distinct text of the batch encoded once."""
-        rows = inputs.pop("rows")
+        pairs = inputs.pop("pairs")  # (N, 2)
 
         def scored(**texts):
             outputs = model(**texts)
-            outputs.logits = outputs.logits[rows]  # (2 N, 1), as TRL expects them
+            outputs.logits = outputs.logits[pairs.T.flatten()]  # (2 N, 1), the chosen first, as TRL expects them
             return outputs
 
         return super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)
@@ -126,12 +126,13 @@ def train_reward_model(
         train_dataset=tokenize_preferences(parts["train"], tokenizer, max_tokens, cuts),
         eval_dataset=tokenize_preferences(parts["validation"], tokenizer, max_tokens, cuts),
         processing_class=tokenizer,
-        callbacks=[PrefixGradientCheck(), SelectByAccuracy(), ReadableLog(), StopOnSigterm()],
+        callbacks=[PrefixGradientCheck(), ReadableLog(), StopOnSigterm()],
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args, folder))
     best = trainer.state.best_model_checkpoint
     if best is not None:
         load_weights(model, best)
-        logger.info("best epoch by validation accuracy: %s (%.3f; ties by loss)", best, trainer.state.best_metric)
+        what = args.metric_for_best_model
+        logger.info("best epoch by validation %s: %s (%.3f)", what, best, trainer.state.best_metric)
     logger.info("cut to %d tokens: %d contexts, %d responses", max_tokens, cuts["context"], cuts["response"])
     return RewardModel(model, tokenizer, max_tokens)

@@ -10,8 +10,9 @@ import torch
 from conftest import sample_context
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from h2s.callbacks import PrefixGradientCheck, SelectByAccuracy
+from h2s.callbacks import PrefixGradientCheck
 from h2s.errors import InputError
 from h2s.preferences import load_preferences
 from h2s.prefix import load_base_model, load_config, load_tokenizer, load_weights, prefix_from_hard_prompt, soft_prefix
@@ -226,12 +227,13 @@ def test_plain_peft_scores_the_same(bert, bert_tokenizer, tmp_path):
     assert json.loads(done.stdout) == pytest.approx(scores, abs=1e-5)
 
 
-def test_saved_adapter_holds_prefix_pooler_and_head(bert, bert_tokenizer, tmp_path):
+def test_saved_adapter_holds_all_that_is_trained(bert, bert_tokenizer, tmp_path):
     RewardModel(bert, bert_tokenizer, LIMIT).save(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert torch.equal(saved["prompt_embeddings"], soft_prefix(bert))
     modules = {name.removeprefix("base_model.") for name in saved} - {"prompt_embeddings"}
-    assert modules == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    trained = {"bert.pooler.dense", "classifier", "bert.encoder.layer.1.attention.self.query"}
+    assert modules == {f"{module}.{part}" for module in trained for part in ("weight", "bias")}
 
 
 def test_policy_adapter_is_no_reward_model(gemma_folder, tmp_path):
@@ -280,7 +282,8 @@ def test_collator_encodes_each_text_once(bert_tokenizer):
     assert batch["input_ids"].tolist() == [[2, 5, 3, 0], [2, 6, 7, 3], [2, 5, 3, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 1, 0], [0, 0, 1, 1], [0, 1, 1, 0]]
-    assert batch["rows"].tolist() == [0, 1, 0, 1, 2, 2]  # the chosen of each pair, then the rejected
+    assert batch["pairs"].tolist() == [[0, 1], [1, 2], [0, 2]]
+    assert next(iter(batch)) == "pairs"  # what Trainer takes for the batch's size
 
 
 def test_steps_hold_whole_conversations_in_another_order_each_epoch(build):
@@ -329,11 +332,12 @@ def build(loud_bert, bert_tokenizer, sheet_file, tmp_path):
     return make
 
 
-def test_prefix_pooler_and_head_are_trained_and_nothing_else(build):
+def test_prefix_query_pooler_and_head_are_trained_and_nothing_else(build):
     trainer = build()
     model = trainer.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {n for n in before if "prompt_encoder" in n or "modules_to_save" in n}
+    trained -= {n for n in trained if n.endswith("classifier.modules_to_save.default.bias")}  # no part of a difference
     trainer.train()
     wrong = []
     for name, parameter in model.named_parameters():
@@ -342,7 +346,7 @@ def test_prefix_pooler_and_head_are_trained_and_nothing_else(build):
         if name not in trained and not torch.equal(parameter, before[name]):
             wrong.append(f"{name} moved")
     assert wrong == []
-    assert len(trained) == 5 and sum("bert.encoder" in n for n in before) > 20
+    assert len(trained) == 6 and sum("bert.encoder" in n for n in before) > 20
     # Adam's first steps are about the learning rate long: the prefix got a real gradient.
     assert (soft_prefix(model) - before[next(n for n in trained if "prompt_encoder" in n)]).abs().max() > 1e-3
 
@@ -367,6 +371,20 @@ def test_the_prefix_begins_small(bert_folder):
     torch.manual_seed(0)
     prefix = soft_prefix(build_reward_model(str(bert_folder), 100))
     assert prefix.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+@torch.no_grad()
+def test_the_last_layer_begins_by_looking_at_all_tokens_alike(bert_folder, bert_tokenizer):
+    """[CLS] of the last layer against the mean of its values over prefix and text, computed from the layer's input."""
+    model = build_reward_model(str(bert_folder), VIRTUAL).eval()
+    attention = model.get_base_model().bert.encoder.layer[-1].attention.self
+    seen = {}
+    attention.value.register_forward_hook(lambda module, inputs, output: seen.update(values=output))
+    attention.register_forward_hook(lambda module, inputs, output: seen.update(mixed=output[0]))
+    model(**bert_tokenizer("walk tea", "rain work", return_tensors="pt"))
+    prefix = soft_prefix(model).view(VIRTUAL, -1, 2, attention.all_head_size)[:, -1, 1]  # the last layer's values
+    expected = torch.cat([prefix, seen["values"][0]]).mean(0)
+    torch.testing.assert_close(seen["mixed"][0, 0], expected)
 
 
 def test_loss_is_the_pairwise_logistic_loss(build, bert_tokenizer):
@@ -428,27 +446,13 @@ def test_gradient_checkpointing_is_refused(tmp_path):
     assert RewardModelConfig(output_dir=str(tmp_path)).gradient_checkpointing is not True
 
 
-def selection(accuracy, loss):
-    metrics = {"eval_accuracy": accuracy, "eval_loss": loss}
-    SelectByAccuracy().on_evaluate(None, None, None, metrics=metrics)
-    return metrics["eval_selection"]
+def test_best_epoch_is_that_of_the_lowest_loss(build):
+    """Which is neither the last nor the most accurate."""
+    course = iter([(0.4, 0.7), (0.1, 0.8), (0.3, 0.9)])
 
-
-def test_selection_is_by_accuracy_then_by_loss():
-    assert selection(0.75, 0.5) == pytest.approx(0.75 - 5e-7, abs=1e-12)
-    # One pair more of a thousand outweighs any loss; a tie goes to the lower loss.
-    assert selection(0.751, 50.0) > selection(0.75, 0.01)
-    assert selection(1.0, 0.1) > selection(1.0, 0.2)
-
-
-def test_best_epoch_is_by_selection(build):
-    """Accuracy ties at every evaluation; the lowest loss wins, which is not the last."""
-    losses = iter([0.4, 0.1, 0.3])
-
-    class Course(SelectByAccuracy):
+    class Course(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            metrics |= {"eval_accuracy": 1.0, "eval_loss": next(losses)}
-            super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
+            metrics |= dict(zip(("eval_loss", "eval_accuracy"), next(course), strict=True))
 
     trainer = build(
         callbacks=(Course,), max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1

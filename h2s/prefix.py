@@ -4,6 +4,7 @@ Prefix tuning (Li and Liang 2021, arXiv 2101.00190) trains keys and values in fr
 prompt's own keys and values there makes the start of training exactly the hard prompt.
 """
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,21 +38,28 @@ from h2s.chat_prefix import ChatPrefix, save_tokenizer
 from h2s.errors import InputError
 
 SOFT, HARD = "default", "hard_prompt"
+# What is read of an adapter. Nothing in it is a pickle or a program.
+ADAPTER_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
 
 def model_source(name: str) -> str:
     """Where transformers finds a model: an absolute folder for local and embedded models, else the Hub name.
 
     Raises:
-        InputError: the name is a path to something that is not a model folder.
+        InputError: the name is a path to something that is not a model folder with whole weights in safetensors.
     """
     name = embedded.resolve(name)
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(name):
         if not (folder / "config.json").is_file():
             raise InputError(f"{name} is not a model folder: expected a config.json in it")
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise InputError(f"{name} is not a model folder: expected weights in safetensors (no pickle is read)")
+        for file in weights:
+            tensor_shapes(file)
         return str(folder.resolve())
-    if folder.exists() or name.count("/") > 1 or name[:1] in "./~":
+    if os.path.exists(name) or name.count("/") > 1 or name[:1] in "./~":
         raise InputError(f"{name} is not a model folder: expected a folder with a config.json, or a name on the Hub")
     return name
 
@@ -62,8 +71,8 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
         InputError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception for files that are none
         raise InputError(f"no tokenizer can be loaded from {source}: {_first_line(error)}") from error
     # Where its files are missing transformers makes one of special tokens alone, to which every word is unknown.
     if len(tokenizer) == len(tokenizer.all_special_ids):
@@ -82,13 +91,27 @@ def load_config(source: str, revision: str | None = None) -> PretrainedConfig:
         InputError: there is none.
     """
     try:
-        return AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        # Not None: transformers would ask at the terminal whether to run code that comes with the model.
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # of values that no model has, whatever the configuration's class raises
         raise InputError(f"no model configuration can be loaded from {source}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes in a safetensors file, by its header: what can be checked before weights load.
+
+    Raises:
+        InputError: the file is cut off, tampered with or no safetensors.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is not a whole safetensors file ({_first_line(error)}): copy it again") from error
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
@@ -108,7 +131,12 @@ def load_base_model(
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=resolve_dtype(dtype), attn_implementation=attn_implementation
+            source,
+            revision=revision,
+            dtype=resolve_dtype(dtype),
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no causal language model can be loaded from {source}: {_first_line(error)}") from error
@@ -184,9 +212,20 @@ def hard_prefix(model: PeftModel) -> torch.nn.Parameter:
     return model.prompt_encoder[HARD].embedding.weight
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix, folder: str | Path) -> None:
-    """Save what plain PEFT loads: the soft prefix (never the frozen hard prompt), the tokenizer, `h2s.json`."""
-    model.save_pretrained(folder, selected_adapters=[SOFT])
+def save_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: ChatPrefix,
+    folder: str | Path,
+    is_main_process: bool = True,
+) -> None:
+    """Save what plain PEFT loads: the soft prefix (never the frozen hard prompt), the tokenizer, `h2s.json`.
+
+    Where the model is sharded every process calls it, to gather the prefix, and the main one writes.
+    """
+    model.save_pretrained(folder, selected_adapters=[SOFT], is_main_process=is_main_process)
+    if not is_main_process:
+        return
     save_tokenizer(tokenizer, folder, model.get_base_model().get_input_embeddings().weight.shape[0])
     prefix.save(folder)
 
@@ -195,14 +234,20 @@ def adapter_folder(name: str) -> str:
     """A local folder with the adapter: the one named, or the Hub repository's, downloaded.
 
     Raises:
-        InputError: there is neither.
+        InputError: there is neither, or a link in the folder leads out of it.
     """
-    if Path(name).is_dir():
-        return str(Path(name).resolve())
+    if os.path.isdir(name):
+        folder = Path(name).resolve()
+        # The Hub's own cache keeps a repository's files beside its snapshots and links them.
+        inside = folder.parents[1] if folder.parent.name == "snapshots" else folder
+        for file in (f for pattern in ADAPTER_FILES for f in folder.glob(pattern)):
+            if not file.resolve().is_relative_to(inside):
+                raise InputError(f"{file} is a link out of its folder, to {file.resolve()}: put the file itself there")
+        return str(folder)
     if name.count("/") != 1 or name[:1] in "./~":
         raise InputError(f"no such adapter folder: {name}")
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        return snapshot_download(name, allow_patterns=list(ADAPTER_FILES))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(f"{name} is no folder, and the Hub gives no such adapter: {_first_line(error)}") from error
 
@@ -211,7 +256,8 @@ def read_adapter_config(folder: str | Path, task_type: TaskType) -> PeftConfig:
     """The configuration of a prefix adapter, checked before any model loads.
 
     Raises:
-        InputError: the folder holds no prefix adapter of this task, with weights in safetensors.
+        InputError: the folder holds no prefix adapter of this task, with whole weights in safetensors, or one that
+            does not fit the base model that it names.
     """
     kind = "reward" if task_type == TaskType.SEQ_CLS else "policy"
     expected = f"{folder} is not a {kind} adapter made by h2s"
@@ -220,11 +266,28 @@ def read_adapter_config(folder: str | Path, task_type: TaskType) -> PeftConfig:
             raise InputError(f"{expected}: there is no {name} in it")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever PEFT raises of a configuration that is none
         raise InputError(f"{expected}: {_first_line(error)}") from error
     if config.peft_type != PeftType.PREFIX_TUNING or config.task_type != task_type:
         raise InputError(f"{expected}: it is a {config.peft_type} adapter for {config.task_type}")
+    found = tensor_shapes(Path(folder) / "adapter_model.safetensors").get("prompt_embeddings")
+    base = config.base_model_name_or_path
+    fits = (config.num_virtual_tokens, prefix_width(load_config(base, config.revision)))
+    if found != fits:
+        raise InputError(
+            f"the adapter in {folder} does not fit its base model {base}: expected a prefix of shape {fits}, got "
+            f"{found}; base_model_name_or_path in adapter_config.json must name the model that it was made from"
+        )
     return config
+
+
+def prefix_width(config: PretrainedConfig) -> int:
+    """Numbers a virtual token has: a key and a value of each head in every layer."""
+    text = config.get_text_config()
+    sizes = text.to_dict()
+    heads = sizes.get("num_key_value_heads") or text.num_attention_heads
+    head_dim = sizes.get("head_dim") or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head_dim
 
 
 def load_weights(model: PeftModel, folder: str | Path) -> None:

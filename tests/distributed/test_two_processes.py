@@ -10,14 +10,19 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-UPDATE = ROOT / "tests" / "distributed" / "one_update.py"
+UPDATES = ROOT / "tests" / "distributed" / "updates.py"
+SHARDED = ROOT / "tests" / "distributed" / "sharded.py"
 
 
 def launch(processes: int, *command: str) -> subprocess.CompletedProcess:
     config = ROOT / "accelerate_configs" / "cpu.yaml"
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return run(*accelerate, "--num_processes", str(processes), *command)
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*accelerate, "--num_processes", str(processes), *command],
+        command,
         capture_output=True,
         text=True,
         timeout=300,
@@ -28,23 +33,40 @@ def launch(processes: int, *command: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("ratio_norm", ["none", "mean"])
-def test_two_processes_give_the_gradient_that_one_gives(ratio_norm, gemma_folder, tmp_path):
+def test_two_processes_end_where_one_does(ratio_norm, gemma_folder, tmp_path):
+    """Three iterations of two passes on the same global batch of 8 out of 9 contexts, which do not share out evenly."""
     results = {}
     for processes, batch in ((1, 8), (2, 4)):
         out = tmp_path / f"{processes}.safetensors"
-        done = launch(processes, str(UPDATE), str(gemma_folder), str(out), str(batch), ratio_norm)
+        done = launch(processes, str(UPDATES), str(gemma_folder), str(out), str(batch), ratio_norm, "9")
         assert done.returncode == 0, done.stderr[-2000:]
         results[processes] = load_file(out), json.loads(out.with_suffix(".json").read_text())
     one, two = results[1][1], results[2][1]
     assert one["world_size"] == 1 and two["world_size"] == 2
-    first, second = two["seen"]
-    assert not set(first) & set(second)  # no context on both ranks
-    assert sorted(first + second) == sorted(one["seen"][0])
-    for name, gradient in results[1][0].items():
-        scale = gradient.abs().max()
-        assert scale > 0
-        assert (results[2][0][name] - gradient).abs().max() / scale < 1e-5, name
-        assert torch.isfinite(gradient).all()
+    assert len(one["seen"][0]) == 4  # the value head's batch and three iterations
+    for alone, first, second in zip(one["seen"][0], *two["seen"], strict=True):
+        assert not set(first) & set(second)  # no context on both ranks
+        assert sorted(first + second) == sorted(alone)
+    # Three contexts over two ranks: one has two of them.
+    assert one["evaluated"] == two["evaluated"] == [3]
+    assert results[1][0]["moved"].abs().max() > 1e-3
+    for name, value in results[1][0].items():
+        assert (results[2][0][name] - value).abs().max() < 1e-6, name
+
+
+def test_sharded_by_fsdp2(gemma_folder, tmp_path):
+    """Forward, gradient and the saved prefix of a model that no process holds whole."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run(*torchrun, str(SHARDED), str(gemma_folder), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["world_size"] for r in results] == [2, 2]
+    rows = results[0]["rows of the prefix"]
+    assert sum(r["rows of the prefix here"] for r in results) == rows and rows > results[0]["rows of the prefix here"]
+    for result in results:
+        assert result["logps"] < 1e-6 and result["gradient"] < 1e-6 and result["largest gradient"] > 1e-3
+    saved = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+    assert torch.equal(saved, load_file(tmp_path / "whole.safetensors")["prefix"])
 
 
 def test_both_stages_run_on_two_processes(gemma_folder, bert_folder, sheet_file, contexts_file, tmp_path):

@@ -1,6 +1,6 @@
-"""One PPO update with given completions; each launch writes its gradients and who took part.
+"""Some PPO iterations with given completions; each launch writes what it ends with and who took part.
 
-accelerate launch --config_file accelerate_configs/cpu.yaml tests/distributed/one_update.py MODEL OUT BATCH NORM
+accelerate launch --config_file accelerate_configs/cpu.yaml tests/distributed/updates.py MODEL OUT BATCH NORM CONTEXTS
 """
 
 import json
@@ -24,39 +24,32 @@ class GivenCompletions(SingleStepPPOTrainer):
     """Replies that depend on the prompt alone, of unlike lengths, so that every launch learns from the same ones."""
 
     def _sample(self, prompts):
-        self.seen = [sum(p) for p in prompts]
+        self.seen.append([sum(p) for p in prompts])
         completions = []
         for prompt in prompts:
             start, length = sum(prompt), 2 + sum(prompt) % 7
             completions.append([6 + (start * 7 + 13 * i) % 250 for i in range(length)] + [5])
         return completions
 
-    def _apply(self, loss):
-        self.accelerator.backward(loss)
-        head = self.policy.value_head
-        self.gradients = {"prefix": soft_prefix(self.policy.model).grad.clone(), "value": head.out.weight.grad.clone()}
-        self.optimizer.zero_grad(set_to_none=True)
-        return 1.0
 
-
-def main(model_folder: str, out: str, batch: str, ratio_norm: str) -> None:
+def main(model_folder: str, out: str, batch: str, ratio_norm: str, contexts: str) -> None:
     tokenizer = load_tokenizer(model_folder)
     prefix = chat_prefix(tokenizer, "You are a kind helper.")
     wrap_chat_template(tokenizer, prefix)
-    contexts = [[{"role": "user", "content": "walk " * (1 + i)}] for i in range(8)]
+    prompts = [[{"role": "user", "content": "walk " * (1 + i)}] for i in range(int(contexts))]
     rows = [
         {"prompt": c, "prompt_ids": p, "conversation": str(i)}
-        for i, (c, p) in enumerate(zip(contexts, encode_prompts(tokenizer, prefix, contexts), strict=True))
+        for i, (c, p) in enumerate(zip(prompts, encode_prompts(tokenizer, prefix, prompts), strict=True))
     ]
     args = SingleStepPPOConfig(
         output_dir=str(Path(out).parent / f"run-{Path(out).stem}"),
         per_device_train_batch_size=int(batch),
-        max_steps=1,
-        num_ppo_epochs=1,
-        value_warmup_batches=0,
+        max_steps=3,
+        max_completion_length=4,
+        learning_rate=1e-3,
         entropy_coef=0.1,
         ratio_norm=ratio_norm,
-        eval_strategy="no",
+        eval_steps=3,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -68,16 +61,22 @@ def main(model_folder: str, out: str, batch: str, ratio_norm: str) -> None:
         model=PolicyWithValueHead(model),
         args=args,
         train_dataset=Dataset.from_list(rows),
-        eval_dataset=None,
+        eval_dataset=Dataset.from_list(rows[:3]),
         processing_class=tokenizer,
         prefix=prefix,
         reward=lambda prompts, completions: [float(len(c[0]["content"]) % 5) for c in completions],
     )
+    trainer.seen = []
+    start = soft_prefix(model).detach().clone()
     trainer.train()
     seen = gather_object([trainer.seen])
     if trainer.is_world_process_zero():
-        save_file({k: v.contiguous() for k, v in trainer.gradients.items()}, out)
-        Path(out).with_suffix(".json").write_text(json.dumps({"world_size": args.world_size, "seen": seen}))
+        head = {f"value head {k}": v.contiguous() for k, v in trainer.policy.value_head.state_dict().items()}
+        prefix_now = soft_prefix(model).detach()
+        save_file({"prefix": prefix_now, "moved": prefix_now - start, **head}, out)
+        evaluated = [line["eval_contexts"] for line in trainer.state.log_history if "eval_contexts" in line]
+        result = {"world_size": args.world_size, "seen": seen, "evaluated": evaluated}
+        Path(out).with_suffix(".json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def read_hard_prompt(arguments: HardPromptArguments) -> str:
     if prompt is None:
         try:
             prompt = Path(str(arguments.hard_prompt_file)).read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"hard_prompt_file cannot be read: {error}") from error
     if not prompt.strip():
         raise InputError("the hard prompt is empty")

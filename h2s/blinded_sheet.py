@@ -137,7 +137,7 @@ def read_key(sheet: str | Path) -> dict[str, Any]:
             return key
     except OSError as error:
         raise InputError(f"no key {path} beside {sheet} ({error.strerror}): compare.py wrote both") from error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise InputError(f"{path} is not the key of a blinded sheet: expected soft_side and rows of equal length")
 

@@ -1,7 +1,6 @@
 """What the runs add to Trainer's loop."""
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -13,14 +12,15 @@ from h2s.run_folder import logger
 
 
 class PrefixGradientCheck(TrainerCallback):
-    """Stops a run whose prefix gets no gradient at the first step, which otherwise nobody would notice."""
+    """Stops a run whose prefix gets no gradient at the first step, and one whose gradient is no longer a number."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Look at the gradient before the first step."""
-        if state.global_step == 0:
-            gradient = soft_prefix(model).grad
-            if gradient is None or not gradient.abs().sum() > 0:
-                raise RunError("the prefix has no gradient at the first step: only the head would be trained")
+        """Look before each step: after it a checkpoint might hold what nothing can be learned from."""
+        gradient = soft_prefix(model).grad
+        if state.global_step == 0 and (gradient is None or not gradient.any()):
+            raise RunError("the prefix has no gradient at the first step: only the head would be trained")
+        if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+            raise RunError(f"the gradient of step {state.global_step + 1} is not finite: lower learning_rate")
 
 
 class ReadableLog(TrainerCallback):
@@ -87,7 +87,10 @@ class OverOptimisation(TrainerCallback):
 
 
 class StopOnSigterm(TrainerCallback):
-    """Saves at the end of the step in which a SIGTERM came to any process, and ends the training there."""
+    """Saves at the end of the step in which a SIGTERM came to any process, and ends the run there."""
+
+    def __init__(self):
+        self.stopping = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         """From here on there is something to save."""
@@ -95,15 +98,34 @@ class StopOnSigterm(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """All processes stop together: a scheduler may signal one of them first."""
-        came = torch.tensor([float(stop_request.came)])
-        if PartialState().num_processes > 1:
-            came = gather(came.to(args.device))
-        if came.any():
-            stop_request.came = True
-            control.should_save = control.should_training_stop = True
+        came = torch.tensor([stop_request.came_at is not None], dtype=torch.int, device=args.device)
+        self.stopping = bool(gather(came).any())
+        # What is due at an epoch's end, an evaluation say, comes before the checkpoint of its last step.
+        control.should_save |= self.stopping and state.epoch % 1 != 0
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """The rest of the above."""
+        control.should_save |= self.stopping
+
+    def on_save(self, args, state, control, **kwargs):
+        """What was asked for is done."""
+        if self.stopping:
+            raise Terminated
 
     def on_train_end(self, args, state, control, **kwargs):
-        """What was asked for is done."""
+        """It came too late for a step to see it; the last checkpoint holds all."""
         stop_request.can_wait = False
-        if stop_request.came:
+        if stop_request.came_at is not None:
             raise Terminated
+
+
+class LogBeforeSaving(TrainerCallback):
+    """No log line spans a checkpoint: what it would be the mean of is in no checkpoint. To be the last callback."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """A save after a step."""
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """A save after an epoch."""
+        control.should_log |= control.should_save

@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from h2s.contexts import Messages
+from h2s.contexts import Messages, check_unicode
 from h2s.errors import InputError
 
 H2S_FILE = "h2s.json"
@@ -63,8 +62,12 @@ class ChatPrefix:
             raise InputError(f"{folder} is not a policy adapter made by h2s: it holds no {H2S_FILE}")
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
-        except (ValueError, KeyError, TypeError):
+            prefix = cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+            texts = [prefix.hard_prompt, prefix.text, prefix.first_role]
+            if not all(isinstance(t, str) for t in texts) or not all(isinstance(i, int) for i in prefix.token_ids):
+                raise TypeError
+            return prefix
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise InputError(f"{file} does not describe a policy adapter (no hard prompt in it)") from None
 
 
@@ -74,7 +77,8 @@ def chat_prefix(
     """Find the prefix: the longest run of tokens that the renderings of unlike conversations share.
 
     Raises:
-        InputError: the prompt is empty, or the tokenizer has no chat template, or one without a system message.
+        InputError: the prompt is empty or spells out a special token, or the tokenizer has no chat template, or one
+            without a system message.
     """
     if not hard_prompt.strip():
         raise InputError("the hard prompt is empty")
@@ -82,6 +86,9 @@ def chat_prefix(
         raise InputError("opening_user_message is empty: leave it out, or give the message")
     if tokenizer.chat_template is None:
         raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: use an instruct model")
+    special = special_tokens(tokenizer)
+    check_plain_text("the hard prompt", hard_prompt, special)
+    check_plain_text("opening_user_message", opening_user_message or "", special)
     opening = [{"role": "system", "content": hard_prompt}]
     if opening_user_message is not None:
         opening.append({"role": "user", "content": opening_user_message})
@@ -107,13 +114,38 @@ def chat_prefix(
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
     """A conversation as text by the tokenizer's chat template.
 
+    transformers runs the template in a sandbox.
+
     Raises:
-        InputError: the template refuses the messages.
+        InputError: the template refuses the messages, or fails.
     """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
+    except Exception as error:  # Jinja's own, the sandbox's, or any that a template's expressions raise
         raise InputError(f"the chat template of {tokenizer.name_or_path} refuses the messages: {error}") from error
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens with a meaning of their own, as text spells them out (`<start_of_turn>`)."""
+    return sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def check_plain_text(what: str, text: str, special: Iterable[str]) -> None:
+    """Whether a text is text alone: a tokenizer would take a special token spelled out in it for the token itself.
+
+    So a message could end its turn and open the assistant's. A stock `apply_chat_template` cannot tell the two apart,
+    hence refused and not escaped.
+
+    Raises:
+        InputError: it holds one of the tokens, or half a character.
+    """
+    check_unicode(text)
+    found = [token for token in special if token in text]
+    if found:
+        raise InputError(
+            f"{what} spells out {found[0]!r}, which the model would not read as text but as its special token: write "
+            "it in another way, with a space in it say"
+        )
 
 
 def wrap_chat_template(tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix) -> None:
@@ -180,9 +212,10 @@ def encode_prompts(
         Token ids a context.
 
     Raises:
-        InputError: a context begins with the wrong role, its tokens merge with the prefix's, or it is too long; the
-            context is named by its place, counted from 1.
+        InputError: a context begins with the wrong role, spells out a special token, its tokens merge with the
+            prefix's, or it is too long; the context is named by its place, counted from 1.
     """
+    special = special_tokens(tokenizer)
     prompts = []
     for number, messages in enumerate(contexts, start=1):
         if messages[0]["role"] != prefix.first_role:
@@ -191,6 +224,8 @@ def encode_prompts(
                 f"context {number} begins with the {messages[0]['role']}, but with this adapter a conversation begins "
                 f"with the {prefix.first_role}: {remedy} opening_user_message"
             )
+        for message in messages:
+            check_plain_text(f"context {number}: a message of the {message['role']}", message["content"], special)
         prompts.append(render(tokenizer, messages, add_generation_prompt=True))
     encoded = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
     check_seam(tokenizer, prefix, zip(prompts, encoded, strict=True))

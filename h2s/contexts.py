@@ -9,7 +9,10 @@ import ast
 import hashlib
 import json
 import math
+import os
 import re
+import warnings
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +27,8 @@ Messages = list[dict[str, str]]
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 FORMATS = (".xlsx", ".csv", ".json", ".jsonl", ".parquet")
+# The first bytes of Office's old container, in which encrypted workbooks stand too.
+OLE = bytes.fromhex("d0cf11e0a1b11ae1")
 
 
 def parse_messages(cell: Any) -> Messages:
@@ -60,7 +65,8 @@ def _parse_literal(text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings(action="ignore"):  # Python's own remarks on such escapes as '\%'
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise InputError(f"begins like a list but is neither JSON nor a Python literal: {_short(text)}") from None
 
@@ -113,9 +119,10 @@ def read_table(path: str, expected: str) -> pd.DataFrame:
     """
     file = Path(path)
     suffix = file.suffix.lower()
-    is_hub_name = not file.exists() and suffix not in FORMATS and path.count("/") == 1 and path[0] not in "./~"
+    exists = os.path.exists(path)  # False, too, for what cannot be a path
+    is_hub_name = not exists and suffix not in FORMATS and path.count("/") == 1 and path[0] not in "./~"
     if not is_hub_name:
-        if not file.exists():
+        if not exists:
             raise InputError(f"no such file: {path} (expected {expected})")
         if file.is_dir() or suffix not in FORMATS:
             raise InputError(f"{path} is not a {', '.join(FORMATS)} file (expected {expected})")
@@ -123,7 +130,9 @@ def read_table(path: str, expected: str) -> pd.DataFrame:
         if is_hub_name:
             return load_dataset(path, split="train").to_pandas()
         if suffix == ".xlsx":
-            return pd.read_excel(file, engine="openpyxl", dtype=object, keep_default_na=False)
+            _check_workbook(file)
+            with warnings.catch_warnings(action="ignore"):  # openpyxl's, on styles and lists that it leaves out
+                return pd.read_excel(file, engine="openpyxl", dtype=object, keep_default_na=False)
         if suffix == ".csv":
             return pd.read_csv(file, dtype=str, keep_default_na=False)
         if suffix == ".parquet":
@@ -135,6 +144,18 @@ def read_table(path: str, expected: str) -> pd.DataFrame:
     except Exception as error:  # whatever the reader raises, the user's file is what it could not read
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{path} cannot be read as {suffix or 'a Hub data set'} ({expected}): {lines[0]}") from error
+
+
+def _check_workbook(file: Path) -> None:
+    """Whether a workbook can be read at all: the zip reader's own words for it help nobody."""
+    with file.open("rb") as opened:
+        begins = opened.read(len(OLE))
+    if begins == OLE:
+        raise ValueError("it is encrypted or an old .xls: save it as .xlsx without a password")
+    if not begins:
+        raise ValueError("it is empty (0 bytes): save or copy it again")
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is no workbook, but another kind of file or cut off: save it as .xlsx")
 
 
 def _records(items: Any) -> list[dict]:
@@ -168,13 +189,24 @@ def load_contexts(path: str) -> Dataset:
 
 
 def plain(cell: Any) -> Any:
-    """A cell as plain Python: Arrow hands lists over as numpy arrays, nested ones too."""
+    """A cell as plain Python: Arrow hands lists over as numpy arrays, nested ones too.
+
+    Raises:
+        InputError: it is nested too deep.
+    """
+    try:
+        return _plain(cell)
+    except RecursionError:
+        raise InputError("expected a non-empty list of messages or plain text, got lists nested too deep") from None
+
+
+def _plain(cell: Any) -> Any:
     if hasattr(cell, "tolist"):
         cell = cell.tolist()
     if isinstance(cell, list):
-        return [plain(c) for c in cell]
+        return [_plain(c) for c in cell]
     if isinstance(cell, dict):
-        return {k: plain(v) for k, v in cell.items()}
+        return {k: _plain(v) for k, v in cell.items()}
     return cell
 
 

@@ -6,8 +6,8 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run cannot go on, through no fault of its input's form. The message says what happened."""
+    """A run cannot go on, through no fault of its input's form. Every process raises it; it says what happened."""
 
 
 class Terminated(BaseException):
-    """A SIGTERM came, and what had to be saved is saved."""
+    """A SIGTERM came, and what could be saved is saved."""

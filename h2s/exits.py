@@ -7,33 +7,43 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 from h2s.errors import InputError, RunError, Terminated
 from h2s.run_folder import claimed, logger
+
+# A launcher passes on what a scheduler has sent to every process: two signals within these seconds are one.
+ONE_SIGNAL = 5
 
 
 class _StopRequest:
     """Whether a SIGTERM came while a training loop can still save; outside of one it ends the process at once."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.came_at: float | None = None
         self.can_wait = False
 
     def __call__(self, number, frame) -> None:
-        if not self.can_wait or self.came:  # a second one does not wait
+        if self.came_at is None:
+            self.came_at = time.monotonic()
+        elif time.monotonic() - self.came_at > ONE_SIGNAL:
             raise Terminated
-        self.came = True
-        say("SIGTERM: saving at the end of this step; a second one ends the run at once")
+        if not self.can_wait:
+            raise Terminated
 
 
 stop_request = _StopRequest()
 
 
-def say(line: str) -> None:
-    """One line on stderr and in the log, from the first process alone."""
-    if os.environ.get("RANK", "0") == "0":  # one line, however many processes
-        print(line, file=sys.stderr, flush=True)
+def say(line: str, everyone: bool = False) -> None:
+    """One line on stderr and in the log; from the first process alone, unless it is this process's own affair."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or everyone:
+        print(line if rank == 0 else f"process {rank}: {line}", file=sys.stderr, flush=True)
         logger.info(line, extra={"file_only": True})
 
 
@@ -46,7 +56,7 @@ def reports_errors(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
         claimed.clear()
-        stop_request.came = stop_request.can_wait = False
+        stop_request.reset()
         previous = signal.signal(signal.SIGTERM, stop_request)
         try:
             main(*args, **kwargs)
@@ -63,8 +73,9 @@ def reports_errors(main: Callable[..., None]) -> Callable[..., None]:
             if not claimed:
                 raise
             logger.debug("", exc_info=True, extra={"file_only": True})
-            name = "" if isinstance(error, RunError) else f"{type(error).__name__}: "
-            say(f"error: {name}{_one_line(error)}; {_how_to_go_on()}")
+            alike = isinstance(error, RunError)
+            name = "" if alike else f"{type(error).__name__}: "
+            say(f"error: {name}{_one_line(error)}; {_how_to_go_on()}", everyone=not alike)
             sys.exit(1)
         finally:
             signal.signal(signal.SIGTERM, previous)
@@ -73,7 +84,8 @@ def reports_errors(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """Without what a terminal would obey: a message may quote a file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
 
 
 def _how_to_go_on() -> str:

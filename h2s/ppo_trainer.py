@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
-from h2s.callbacks import EvaluateLastStep, OverOptimisation, StopOnSigterm, over_optimised
+from h2s.callbacks import EvaluateLastStep, LogBeforeSaving, OverOptimisation, StopOnSigterm, over_optimised
 from h2s.chat_prefix import ChatPrefix
 from h2s.checkpoints import WholeCheckpoints
 from h2s.contexts import columns
@@ -44,6 +44,7 @@ from h2s.rollout import Batch, Rollout, Sampling, decode, generate, stop_token_i
 from h2s.value_head import PolicyWithValueHead
 
 VALUE_WARMUP_UPDATES = 20
+REMEDY = "lower learning_rate or raise kl_coef"
 # How far the first pass's ratio may lie from 1: float32 sums differ by 1e-5, bf16 ones by more.
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
@@ -98,7 +99,7 @@ class SingleStepPPOTrainer(WholeCheckpoints):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), EvaluateLastStep(), OverOptimisation(), StopOnSigterm()],
+            callbacks=[*(callbacks or []), EvaluateLastStep(), OverOptimisation(), StopOnSigterm(), LogBeforeSaving()],
         )
 
     # ---- what is trained ----
@@ -156,8 +157,7 @@ class SingleStepPPOTrainer(WholeCheckpoints):
         # 2. Score the texts.
         texts = [decode(self.processing_class, c, self.stop_ids) for c in completions]
         scores = torch.tensor(score_replies(self.reward, inputs["prompt"], texts), device=device)  # (B,)
-        if not scores.isfinite().all():
-            raise RunError(f"the reward of a completion is not finite: {scores.tolist()}")
+        self.check_finite(f"the reward of a reply is not finite: {self.accelerator.gather(scores).tolist()}", scores)
         clipped = scores if args.reward_clip is None else scores.clamp(-args.reward_clip, args.reward_clip)
         unfinished = torch.tensor([c[-1] not in self.stop_ids for c in completions], device=device)
 
@@ -166,6 +166,7 @@ class SingleStepPPOTrainer(WholeCheckpoints):
 
         # 4. The reward that is optimised, and one advantage a response.
         kl = kl_to_reference(scored.logps, scored.ref_logps, mask)  # (B,)
+        self.check_finite(f"the KL to the hard prompt is not finite: {REMEDY}", kl)
         returns = clipped - args.kl_coef * kl - args.missing_eos_penalty * unfinished
         advantages = returns - scored.values
         if args.whiten_advantages:
@@ -188,7 +189,7 @@ class SingleStepPPOTrainer(WholeCheckpoints):
 
     def _update(self, model, rollout: Rollout) -> torch.Tensor:
         """5. Several epochs of clipped updates on the rollout batch."""
-        losses = []
+        args, losses = self.args, []
         for index, first_pass in self._mini_batches(len(rollout.returns)):
             part = rollout.batch.rows(index)
             mask = part.completion_mask
@@ -199,22 +200,15 @@ class SingleStepPPOTrainer(WholeCheckpoints):
             ).item()
             self._metrics["policy/approxkl"].append(approx_kl)
             # The same number on every rank, so all leave together. The first pass differs by rounding alone.
-            if not first_pass and self.args.target_kl is not None and approx_kl > self.args.target_kl:
+            if not first_pass and args.target_kl is not None and approx_kl > args.target_kl:
                 self._metrics["policy/early_stop"].append(1.0)
                 break
             pg_loss, ratio, clipped = policy_loss(
-                logps,
-                old_logps,
-                mask,
-                rollout.advantages[index],
-                self.args.cliprange,
-                self.args.ratio_norm,
-                rollout.mean_length,
+                logps, old_logps, mask, rollout.advantages[index], args.cliprange, args.ratio_norm, rollout.mean_length
             )
             vf_loss = value_loss(values, rollout.returns[index])
-            loss = pg_loss + self.args.vf_coef * vf_loss - self.args.entropy_coef * masked_mean(entropy, mask).mean()
-            if not loss.isfinite():
-                raise RunError(f"the loss is {loss.item()}: policy {pg_loss.item()}, value {vf_loss.item()}")
+            loss = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * masked_mean(entropy, mask).mean()
+            self.check_finite(f"the loss is {loss.item()}: {REMEDY}", loss)
             norm = self._apply(loss)
             if first_pass:
                 # Advantages of 0 (a sparse reward, say) have no gradient, and need none.
@@ -223,6 +217,7 @@ class SingleStepPPOTrainer(WholeCheckpoints):
             self._record("loss/policy", pg_loss.detach())
             self._record("loss/value", vf_loss.detach())
             losses.append(loss.detach())
+        self.check_finite(f"an update broke the prefix: {REMEDY}", *(p for p in model.parameters() if p.requires_grad))
         return torch.stack(losses).mean()
 
     def _mini_batches(self, rows: int) -> Iterator[tuple[torch.Tensor, bool]]:
@@ -261,6 +256,9 @@ class SingleStepPPOTrainer(WholeCheckpoints):
             chosen = torch.randperm(len(self.train_dataset), generator=generator)[:contexts].tolist()
             rollout = self._roll_out(self.train_dataset[chosen[args.process_index :: args.world_size]], record=False)
             hidden, returns = self.accelerator.gather(rollout.last_prompt), self.accelerator.gather(rollout.returns)
+            with torch.no_grad():
+                # From 0 the way to the mean would push every unit of the head to one side, where it learns no more.
+                self.policy.value_head.out.bias.add_((returns - self.policy.value_head(hidden)).mean())
             for _ in range(VALUE_WARMUP_UPDATES):
                 value_loss(self.policy.value_head(hidden), returns).backward()
                 self.optimizer.step()
@@ -328,17 +326,15 @@ class SingleStepPPOTrainer(WholeCheckpoints):
             self._metrics.clear()
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The adapter, its tokenizer, `h2s.json`, the value head. (Trainer's own would also pickle the arguments.)"""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter, its tokenizer, `h2s.json`, the value head; a sharded model is gathered by all processes."""
+        folder, first = Path(output_dir or self.args.output_dir), self.args.should_save
         folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.policy.model, self.processing_class, self.prefix, folder)
-        self.policy.save_value_head(folder)
+        save_adapter(self.policy.model, self.processing_class, self.prefix, folder, is_main_process=first)
+        self.policy.save_value_head(folder, is_main_process=first)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """The counterpart of `_save`."""
+        """The counterpart of `save_model`."""
         load_weights(self.policy.model, resume_from_checkpoint)
         self.policy.load_value_head(resume_from_checkpoint)
 

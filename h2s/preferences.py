@@ -104,8 +104,9 @@ def _response(cell: Any) -> str:
     if isinstance(cell, (int, float)) and not isinstance(cell, bool) and cell == cell:
         cell = str(cell)
     if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):
-        raise InputError("expected a response, got an empty cell")
+        # A formula is empty until a spreadsheet program has saved its value, and so is an error such as #REF!.
+        raise InputError("expected a response, got an empty cell (or an error or uncomputed formula): give its text")
     if not isinstance(cell, str):
-        raise InputError(f"expected the text of a response, got {cell!r}")
+        raise InputError(f"expected the text of a response, got {cell!r}: format the cell as text, then fill it in")
     check_unicode(cell)
     return cell

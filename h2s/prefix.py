@@ -73,7 +73,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for files that are none
-        raise InputError(f"no tokenizer can be loaded from {source}: {_first_line(error)}") from error
+        raise InputError(f"no tokenizer can be loaded from {source}: {_in_short(error)}") from error
     # Where its files are missing transformers makes one of special tokens alone, to which every word is unknown.
     if len(tokenizer) == len(tokenizer.all_special_ids):
         raise InputError(f"no tokenizer can be loaded from {source}: it has no vocabulary")
@@ -94,11 +94,11 @@ def load_config(source: str, revision: str | None = None) -> PretrainedConfig:
         # Not None: transformers would ask at the terminal whether to run code that comes with the model.
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # of values that no model has, whatever the configuration's class raises
-        raise InputError(f"no model configuration can be loaded from {source}: {_first_line(error)}") from error
+        raise InputError(f"no model configuration can be loaded from {source}: {_in_short(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _in_short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -111,7 +111,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, "pt") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is not a whole safetensors file ({_first_line(error)}): copy it again") from error
+        raise InputError(f"{file} is not a whole safetensors file ({_in_short(error)}): copy it again") from error
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
@@ -139,7 +139,7 @@ def load_base_model(
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no causal language model can be loaded from {source}: {_first_line(error)}") from error
+        raise InputError(f"no causal language model can be loaded from {source}: {_in_short(error)}") from error
     return model.requires_grad_(False).eval()
 
 
@@ -249,7 +249,7 @@ def adapter_folder(name: str) -> str:
     try:
         return snapshot_download(name, allow_patterns=list(ADAPTER_FILES))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise InputError(f"{name} is no folder, and the Hub gives no such adapter: {_first_line(error)}") from error
+        raise InputError(f"{name} is no folder, and the Hub gives no such adapter: {_in_short(error)}") from error
 
 
 def read_adapter_config(folder: str | Path, task_type: TaskType) -> PeftConfig:
@@ -267,27 +267,29 @@ def read_adapter_config(folder: str | Path, task_type: TaskType) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # whatever PEFT raises of a configuration that is none
-        raise InputError(f"{expected}: {_first_line(error)}") from error
+        raise InputError(f"{expected}: {_in_short(error)}") from error
     if config.peft_type != PeftType.PREFIX_TUNING or config.task_type != task_type:
         raise InputError(f"{expected}: it is a {config.peft_type} adapter for {config.task_type}")
     found = tensor_shapes(Path(folder) / "adapter_model.safetensors").get("prompt_embeddings")
     base = config.base_model_name_or_path
-    fits = (config.num_virtual_tokens, prefix_width(load_config(base, config.revision)))
-    if found != fits:
+    layers, width = prefix_sizes(load_config(base, config.revision))
+    fits = (config.num_virtual_tokens, 2 * layers * width)
+    if (config.num_layers, config.token_dim) != (layers, width) or found != fits:
         raise InputError(
-            f"the adapter in {folder} does not fit its base model {base}: expected a prefix of shape {fits}, got "
-            f"{found}; base_model_name_or_path in adapter_config.json must name the model that it was made from"
+            f"the adapter in {folder} does not fit its base model {base}: expected a prefix of shape {fits} for "
+            f"{layers} layers, got {found} for {config.num_layers}; base_model_name_or_path in adapter_config.json "
+            "must name the model that it was made from"
         )
     return config
 
 
-def prefix_width(config: PretrainedConfig) -> int:
-    """Numbers a virtual token has: a key and a value of each head in every layer."""
+def prefix_sizes(config: PretrainedConfig) -> tuple[int, int]:
+    """The layers of a model, and how many numbers the keys (or values) of a virtual token are in each."""
     text = config.get_text_config()
     sizes = text.to_dict()
     heads = sizes.get("num_key_value_heads") or text.num_attention_heads
     head_dim = sizes.get("head_dim") or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim
+    return text.num_hidden_layers, heads * head_dim
 
 
 def load_weights(model: PeftModel, folder: str | Path) -> None:
@@ -301,4 +303,4 @@ def load_weights(model: PeftModel, folder: str | Path) -> None:
     try:
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=SOFT)
     except Exception as error:  # safetensors, a missing key or a shape: the adapter is what does not fit
-        raise InputError(f"the adapter in {folder} does not fit this model: {_first_line(error)}") from error
+        raise InputError(f"the adapter in {folder} does not fit this model: {_in_short(error)}") from error

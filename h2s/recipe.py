@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import enum
+import os
+import reprlib
 import sys
 import types
 import typing
@@ -28,6 +30,25 @@ INPUT_PATHS = (
     "judge_adapter",
     "judged",
 )
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML: plain values, none of them by reference, and no key twice (YAML would silently keep the last)."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="an alias (*): write the value itself there", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} stands there twice: keep one of the two"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Parser(TrlParser):
@@ -88,10 +109,10 @@ def _nearest(key: str, keys: list[str], dashes: str = "") -> str:
 def _read_yaml(path: Path, classes: dict[str, type]) -> dict[str, Any]:
     """The YAML as one flat mapping, each key checked to stand in its section and to be of its field's type."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError(f"no such recipe: {path} ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # whatever the constructors of PyYAML raise: of 2024-13-45, say, a ValueError
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected the sections {', '.join(SECTIONS)}, got {type(content).__name__}")
@@ -119,12 +140,12 @@ def _checked(path: Path, section: str, key: str, value: Any, classes: dict[str, 
         raise InputError(f"{path}, section {section}: unknown key {key}{near}")
     hint = typing.get_type_hints(classes[section])[key]
     if not _fits(value, hint):
-        got = f"{type(value).__name__} {value!r}"
+        got = f"{type(value).__name__} {reprlib.repr(value)}"
         quote = "; put it in quotes" if _fits("", hint) else ""
         raise InputError(f"{path}, section {section}: {key} must be {_name(hint)}, got {got}{quote}")
     if key in INPUT_PATHS and isinstance(value, str):
-        beside = path.parent / value
-        return str(beside) if beside.exists() else value
+        beside = str(path.parent / value)
+        return beside if os.path.exists(beside) else value
     return value
 
 

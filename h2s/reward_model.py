@@ -154,7 +154,9 @@ def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
     """
     try:
         with _head_not_in_checkpoint():
-            base = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
+            base = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no sequence classification model can be loaded from {source}: {error}") from error
     # The pooler stands between [CLS] and the head; the one an encoder comes with was trained for something else.

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardTrainer
 
-from h2s.callbacks import PrefixGradientCheck, ReadableLog, StopOnSigterm
+from h2s.callbacks import LogBeforeSaving, PrefixGradientCheck, ReadableLog, StopOnSigterm
 from h2s.checkpoints import WholeCheckpoints, checkpoint_to_resume
 from h2s.contexts import Part
 from h2s.prefix import load_weights, soft_prefix
@@ -126,7 +126,7 @@ def train_reward_model(
         train_dataset=tokenize_preferences(parts["train"], tokenizer, max_tokens, cuts),
         eval_dataset=tokenize_preferences(parts["validation"], tokenizer, max_tokens, cuts),
         processing_class=tokenizer,
-        callbacks=[PrefixGradientCheck(), ReadableLog(), StopOnSigterm()],
+        callbacks=[PrefixGradientCheck(), ReadableLog(), StopOnSigterm(), LogBeforeSaving()],
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args, folder))
     best = trainer.state.best_model_checkpoint

@@ -1,6 +1,7 @@
 """A run's folder `<output_dir>/<run_name>/`: claimed once, with a readable log."""
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -20,21 +21,35 @@ def claim(output_dir: str, run_name: str | None, resume: bool = False) -> Path:
     """The run's folder, made by the first process; every process gets the same one.
 
     Raises:
-        InputError: the folder exists and holds something, and the run does not resume it.
+        InputError: the folder cannot be made, or it exists and holds something and the run does not resume it.
     """
     state = PartialState()
     name = [run_name or time.strftime("%Y%m%d-%H%M%S")]
     broadcast_object_list(name)
     folder = Path(output_dir) / name[0]
-    taken = [folder.is_dir() and any(folder.iterdir()) and not resume]
-    broadcast_object_list(taken)
-    if taken[0]:
-        raise InputError(f"{folder} exists: choose another run_name, or go on with --resume_from_checkpoint true")
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-    state.wait_for_everyone()
+    problem = [_make(folder, resume) if state.is_main_process else None]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise InputError(problem[0])
     claimed[:] = [folder]
     return folder
+
+
+def _make(folder: Path, resume: bool) -> str | None:
+    """Make it; what stands in the way, if something does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any(folder.iterdir()) and not resume
+    except OSError as error:
+        return f"the run's folder cannot be made ({error}): choose another output_dir"
+    if not os.access(folder, os.W_OK):
+        return f"{folder} cannot be written to: choose another output_dir"
+    return f"{folder} exists: choose another run_name, or go on with --resume_from_checkpoint true" if taken else None
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Quiet: a full disk is told of in one line, by what cannot do without it."""
 
 
 def start_log(folder: Path) -> None:
@@ -49,7 +64,7 @@ def start_log(folder: Path) -> None:
         logger.addHandler(logging.NullHandler())
         return
     logger.setLevel(logging.DEBUG)
-    file = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
+    file = _LogFile(folder / LOG_FILE, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(file)
     terminal = logging.StreamHandler(sys.stdout)

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from h2s.prefix import hard_prompt_active
 from h2s.rollout import Batch, completion_logps
@@ -77,9 +78,12 @@ class PolicyWithValueHead(nn.Module):
         last_prompt = torch.cat(hidden)
         return Scores(logps, ref_logps, entropy, last_prompt, self.value_head(last_prompt))
 
-    def save_value_head(self, folder: str | Path) -> None:
-        """Write the head as safetensors."""
-        save_file(self.value_head.state_dict(), Path(folder) / VALUE_HEAD_FILE)
+    def save_value_head(self, folder: str | Path, is_main_process: bool = True) -> None:
+        """Write the head as safetensors; where it is sharded every process calls this, and the main one writes."""
+        state = self.value_head.state_dict()
+        whole = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in state.items()}
+        if is_main_process:
+            save_file(whole, Path(folder) / VALUE_HEAD_FILE)
 
     def load_value_head(self, folder: str | Path) -> None:
         """Read what `save_value_head` wrote."""

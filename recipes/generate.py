@@ -4,11 +4,15 @@ python recipes/generate.py --policy_adapter outputs/policy --conversation "I wen
 python recipes/generate.py --policy_adapter outputs/policy
 """
 
+from peft import TaskType
+
 from h2s import PrefixTuningPolicyModel
 from h2s.arguments import AdapterArguments, ConversationArguments, GenerateArguments, need
+from h2s.chat_prefix import ChatPrefix, encode_prompts
 from h2s.contexts import parse_messages
 from h2s.errors import InputError
 from h2s.exits import reports_errors
+from h2s.prefix import adapter_folder, load_config, load_tokenizer, read_adapter_config, room_for_text
 from h2s.recipe import parse_recipe
 from h2s.rollout import Sampling
 
@@ -44,7 +48,13 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(AdapterArguments, ConversationArguments, GenerateArguments, argv)
     conversation = None if data_args.conversation is None else parse_messages(data_args.conversation)
     sampling = Sampling(args.max_completion_length, args.temperature, args.top_k, args.top_p)
-    policy = PrefixTuningPolicyModel.from_pretrained(need(model_args.policy_adapter, "policy_adapter", "model"))
+    adapter = adapter_folder(need(model_args.policy_adapter, "policy_adapter", "model"))
+    config = read_adapter_config(adapter, TaskType.CAUSAL_LM)
+    if conversation is not None:  # what cannot be answered is told before a model loads
+        room = room_for_text(load_config(config.base_model_name_or_path, config.revision), config.num_virtual_tokens)
+        prefix, tokenizer = ChatPrefix.load(adapter), load_tokenizer(adapter)
+        encode_prompts(tokenizer, prefix, [conversation], room - args.max_completion_length)
+    policy = PrefixTuningPolicyModel.from_pretrained(adapter)
     torch.manual_seed(args.seed)
     if conversation is None:
         chat(policy, sampling)

@@ -1,5 +1,7 @@
 """Tiny random models with the shapes that matter: Gemma 3's sliding and full layers, a BERT, chat templates, data."""
 
+import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +13,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pandas as pd
 import pytest
 import torch
+import transformers
+import yaml
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers import decoders as token_decoders
 from transformers import (
@@ -23,7 +27,8 @@ from transformers import (
 )
 
 from h2s.chat_prefix import chat_prefix, encode_prompts, wrap_chat_template
-from h2s.prefix import add_hard_prompt, load_base_model, load_tokenizer, prefix_from_hard_prompt
+from h2s.prefix import add_hard_prompt, load_base_model, load_tokenizer, prefix_from_hard_prompt, save_adapter
+from h2s.reward_model import RewardModel, build_reward_model
 
 ROOT = Path(__file__).parents[1]
 CORPUS = [
@@ -46,6 +51,9 @@ CHAT_TEMPLATE = (
 )
 WINDOW = 32
 HARD_PROMPT = "You are a kind helper. Ask one short question."
+COLUMNS = ["context_messages", "policy_response", "reference_response", "human_eval"]
+GOOD_ROW = ["hello", "how was it?", "I see.", 0]
+RECIPES = ("convert_prompt", "train_reward", "train_policy", "generate", "compare")
 WORDS = ["walk", "tea", "book", "rain", "work", "cat", "song", "run", "soup", "trip", "film", "game"]
 
 
@@ -198,6 +206,147 @@ def sheet_file(tmp_path_factory) -> Path:
     rows.append([str(sample_context(3)), "nice.", "good.", 2])
     rows.append([str(sample_context(4)), "and you?", "what is it?", 3])
     file = tmp_path_factory.mktemp("data") / "judgements.xlsx"
-    columns = ["context_messages", "policy_response", "reference_response", "human_eval"]
-    pd.DataFrame(rows, columns=columns).to_excel(file, index=False)
+    pd.DataFrame(rows, columns=COLUMNS).to_excel(file, index=False)
     return file
+
+
+# The recipes' own `main`, on recipes that are right but for what a test changes
+
+
+class ModelLoads(BaseException):
+    """A model is about to load. (No Exception: a recipe's `main` reports those.)"""
+
+
+def says(line, *words):
+    assert all(w in line for w in words), line
+
+
+def sheet(folder, rows, columns=COLUMNS, name="sheet.xlsx"):
+    pd.DataFrame(rows, columns=columns).to_excel(folder / name, index=False)
+    return {"path": str(folder / name)}
+
+
+def contexts(folder, items):
+    file = folder / "contexts.json"
+    file.write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
+    return {"path": str(file)}
+
+
+def turns(*roles):
+    return [{"role": r, "content": f"{r} says"} for r in roles]
+
+
+@pytest.fixture(scope="session")
+def recipes():
+    """The five recipes as modules."""
+    modules = {}
+    for name in RECIPES:
+        spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+        modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(modules[name])
+    return modules
+
+
+@pytest.fixture(scope="session")
+def policy_adapter(gemma_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters") / "policy"
+    tokenizer = load_tokenizer(str(gemma_folder))
+    prefix = chat_prefix(tokenizer, HARD_PROMPT)
+    wrap_chat_template(tokenizer, prefix)
+    model = prefix_from_hard_prompt(load_base_model(str(gemma_folder)), prefix.token_ids)
+    save_adapter(model, tokenizer, prefix, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_adapter(bert_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters") / "reward"
+    model = build_reward_model(str(bert_folder), 4)
+    RewardModel(model, load_tokenizer(str(bert_folder)), max_tokens=100).save(folder)
+    return folder
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """From here on a model that loads raises `ModelLoads`."""
+
+    def from_pretrained(*args, **kwargs):
+        raise ModelLoads
+
+    for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", from_pretrained)
+
+
+@pytest.fixture
+def write_recipe_of(tmp_path, gemma_folder, bert_folder, contexts_file, sheet_file, reward_adapter, policy_adapter):
+    """Write the YAML of a recipe that is right, but for what is changed by section; `...` takes a key out."""
+
+    def write(name, text=None, **sections):
+        task = {"output_dir": str(tmp_path / "outputs")}
+        generation = {**task, "max_completion_length": 8}
+        policy_model = {"model_name_or_path": str(gemma_folder), "hard_prompt": HARD_PROMPT}
+        data = {"path": str(contexts_file)}
+        content = {
+            "convert_prompt": {"model": policy_model, "task": task},
+            "train_reward": {
+                "model": {"reward_model_name_or_path": str(bert_folder), "num_virtual_tokens": 4},
+                "dataset": {"path": str(sheet_file)},
+                "task": {**task, "max_steps": 1},
+            },
+            "train_policy": {
+                "model": {**policy_model, "reward_adapter": str(reward_adapter)},
+                "dataset": data,
+                "task": {**generation, "max_steps": 1},
+            },
+            "generate": {
+                "model": {"policy_adapter": str(policy_adapter)},
+                "dataset": {"conversation": "hello"},
+                "task": generation,
+            },
+            "compare": {"model": {"policy_adapter": str(policy_adapter)}, "dataset": data, "task": generation},
+        }[name]
+        for section, keys in sections.items():
+            changed = {**content.get(section, {}), **keys}
+            content[section] = {k: v for k, v in changed.items() if v is not Ellipsis}
+        config = tmp_path / "recipe.yaml"
+        if isinstance(text, bytes):
+            config.write_bytes(text)
+        else:
+            config.write_text(yaml.safe_dump(content) if text is None else text, encoding="utf-8")
+        return config
+
+    return write
+
+
+@pytest.fixture
+def refused(recipes, write_recipe_of, no_model, tmp_path, capfd):
+    """Run a recipe and return the line of its refusal: exit code 2, no model loaded, no more than `files` there."""
+
+    def run(name, flags=(), files=0, text=None, **sections):
+        config = write_recipe_of(name, text, **sections)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            recipes[name].main(["--config", str(config), *flags])
+        captured = capfd.readouterr()
+        assert stop.value.code == 2
+        lines = captured.err.splitlines()
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("error: ")
+        assert captured.out == ""
+        assert len(list((tmp_path / "outputs").rglob("*"))) == files
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def reaches_the_model(recipes, write_recipe_of, no_model, tmp_path):
+    """Run a recipe up to where its first model would load: all that it was given is found good."""
+
+    def run(name, flags=(), text=None, **sections):
+        config = write_recipe_of(name, text, **sections)
+        with pytest.raises(ModelLoads):
+            recipes[name].main(["--config", str(config), *flags])
+        return tmp_path / "outputs"
+
+    return run

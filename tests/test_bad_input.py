@@ -1,52 +1,22 @@
 """Each recipe's `main` on input that cannot be used: one line, exit code 2, nothing loaded, nothing written."""
 
-import importlib.util
 import json
 
-import pandas as pd
 import pytest
-import transformers
-import yaml
-from conftest import CHAT_TEMPLATE, HARD_PROMPT, ROOT, save_gemma
+from conftest import (
+    CHAT_TEMPLATE,
+    COLUMNS,
+    GOOD_ROW,
+    RECIPES,
+    contexts,
+    save_gemma,
+    says,
+    sheet,
+    turns,
+)
 from peft import PrefixTuningConfig, get_peft_model
 
-from h2s.chat_prefix import chat_prefix, wrap_chat_template
-from h2s.prefix import load_base_model, load_tokenizer, prefix_from_hard_prompt, save_adapter
-from h2s.reward_model import RewardModel, build_reward_model
-
-COLUMNS = ["context_messages", "policy_response", "reference_response", "human_eval"]
-RECIPES = ("convert_prompt", "train_reward", "train_policy", "generate", "compare")
-
-
-def recipe(name):
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def mains():
-    return {name: recipe(name).main for name in RECIPES}
-
-
-@pytest.fixture(scope="module")
-def policy_adapter(gemma_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters") / "policy"
-    tokenizer = load_tokenizer(str(gemma_folder))
-    prefix = chat_prefix(tokenizer, HARD_PROMPT)
-    wrap_chat_template(tokenizer, prefix)
-    model = prefix_from_hard_prompt(load_base_model(str(gemma_folder)), prefix.token_ids)
-    save_adapter(model, tokenizer, prefix, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_adapter(bert_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters") / "reward"
-    model = build_reward_model(str(bert_folder), 4)
-    RewardModel(model, load_tokenizer(str(bert_folder)), max_tokens=100).save(folder)
-    return folder
+from h2s.prefix import load_base_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -58,104 +28,13 @@ def other_prefix_adapter(gemma_folder, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def refused(mains, tmp_path, monkeypatch, capfd, gemma_folder, bert_folder, contexts_file, sheet_file, reward_adapter,
-            policy_adapter):  # fmt: skip
-    """Run a recipe that is right but for what `change` does to it, and return the line of its refusal."""
-
-    def no_model(*args, **kwargs):
-        raise AssertionError("a model loads")
-
-    output_dir = tmp_path / "outputs"
-
-    def good(name):
-        task = {"output_dir": str(output_dir)}
-        generation = {**task, "max_completion_length": 8}
-        policy_model = {"model_name_or_path": str(gemma_folder), "hard_prompt": HARD_PROMPT}
-        contexts = {"path": str(contexts_file)}
-        return {
-            "convert_prompt": lambda: {"model": policy_model, "task": task},
-            "train_reward": lambda: {
-                "model": {"reward_model_name_or_path": str(bert_folder), "num_virtual_tokens": 4},
-                "dataset": {"path": str(sheet_file)},
-                "task": {**task, "max_steps": 1},
-            },
-            "train_policy": lambda: {
-                "model": {**policy_model, "reward_adapter": str(reward_adapter)},
-                "dataset": contexts,
-                "task": {**generation, "max_steps": 1},
-            },
-            "generate": lambda: {
-                "model": {"policy_adapter": str(policy_adapter)},
-                "dataset": {"conversation": "hello"},
-                "task": generation,
-            },
-            "compare": lambda: {
-                "model": {"policy_adapter": str(policy_adapter)},
-                "dataset": contexts,
-                "task": generation,
-            },
-        }[name]()
-
-    def run(name, flags=(), files=0, text=None, **sections):
-        content = good(name)
-        for section, keys in sections.items():
-            changed = content.setdefault(section, {})
-            changed.update(keys)
-            content[section] = {k: v for k, v in changed.items() if v is not Ellipsis}
-        config = tmp_path / "recipe.yaml"
-        config.write_text(text if text is not None else yaml.safe_dump(content), encoding="utf-8")
-        for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification):
-            monkeypatch.setattr(auto, "from_pretrained", no_model)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            mains[name](["--config", str(config), *flags])
-        captured = capfd.readouterr()
-        assert stop.value.code == 2
-        lines = captured.err.splitlines()
-        assert len(lines) == 1, captured.err
-        assert lines[0].startswith("error: ")
-        assert captured.out == ""
-        written = list(output_dir.rglob("*")) if output_dir.exists() else []
-        assert len(written) == files
-        return lines[0]
-
-    return run
-
-
-def says(line, *words):
-    assert all(w in line for w in words), line
-
-
-def sheet(folder, rows, columns=COLUMNS, name="sheet.xlsx"):
-    pd.DataFrame(rows, columns=columns).to_excel(folder / name, index=False)
-    return {"path": str(folder / name)}
-
-
-def contexts(folder, items):
-    file = folder / "contexts.json"
-    file.write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
-    return {"path": str(file)}
-
-
-def turns(*roles):
-    return [{"role": r, "content": f"{r} says"} for r in roles]
-
-
-GOOD_ROW = ["hello", "how was it?", "I see.", 0]
 WITH_DATA = ("train_reward", "train_policy", "compare")
 
 
-def test_the_guard_itself(mains, gemma_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_guard_itself(reaches_the_model, name):
     """The recipes these tests change are right: without a change a model does load."""
-
-    def no_model(*args, **kwargs):
-        raise AssertionError("a model loads")
-
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", no_model)
-    flags = ["--model_name_or_path", str(gemma_folder), "--hard_prompt", HARD_PROMPT, "--output_dir", str(tmp_path)]
-    with pytest.raises(AssertionError, match="a model loads"):
-        mains["convert_prompt"](flags)
+    reaches_the_model(name)
 
 
 # The data
@@ -364,9 +243,9 @@ def test_flags_that_are_none(refused, name):
     says(refused(name, ["--seed", "many"]), "--seed", "'many'")
 
 
-def test_recipe_that_is_not_there(mains, capfd, tmp_path):
+def test_recipe_that_is_not_there(recipes, capfd, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        mains["train_policy"](["--config", str(tmp_path / "none.yaml")])
+        recipes["train_policy"].main(["--config", str(tmp_path / "none.yaml")])
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     says(line, "error: no such recipe", "none.yaml")
@@ -426,7 +305,8 @@ def test_model_without_chat_template(refused, gemma_folder, tmp_path):
     assert tokenizer.chat_template == CHAT_TEMPLATE
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "config.json").write_bytes((gemma_folder / "config.json").read_bytes())
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "base" / file).write_bytes((gemma_folder / file).read_bytes())
     for name in ("convert_prompt", "train_policy"):
         line = refused(name, model={"model_name_or_path": str(tmp_path / "base")})
         says(line, "no chat template", "instruct model")

@@ -14,7 +14,7 @@ AWKWARD = [
     "Close {% raw %} and %} and -%} and {{ name }} and }} and {# this #} too.",
     "Backslashes \\n \\u1F600 C:\\new and a tab\tand a line\nand \r\n ends.",
     "𝔘nicode beyond the plane: 𠮷野家 𝄞, 你好，今天如何？",
-    "</s> <end_of_turn> null true [1, 2] {'a': 1}",
+    "</s> <end_of_turns> null true [1, 2] {'a': 1}",
     "Line\u2028separator, next\u0085line, form\x0cfeed, bell\x07.",
 ]
 OPENINGS = [None, "start", '開始 🙂 {{ x }} "q"']

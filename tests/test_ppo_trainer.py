@@ -448,7 +448,7 @@ def test_a_large_kl_coefficient_holds_the_prefix_back(build):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_reward_that_is_no_number_ends_the_run(build, value):
     trainer = build(lambda prompts, completions: [0.0] * (len(completions) - 1) + [value])
-    with pytest.raises(RuntimeError, match="reward of a completion is not finite"):
+    with pytest.raises(RuntimeError, match="reward of a reply is not finite"):
         trainer.train()
 
 
@@ -479,7 +479,7 @@ def test_same_seed_gives_the_same_bytes(build):
     for folder, seed in (("a", 42), ("b", 42), ("c", 43)):
         trainer = build(folder=folder, max_steps=2, seed=seed, num_mini_batches=2)
         trainer.train()
-        trainer._save(trainer.args.output_dir)
+        trainer.save_model(trainer.args.output_dir)
         prefixes.append((Path(trainer.args.output_dir) / "adapter_model.safetensors").read_bytes())
         heads.append((Path(trainer.args.output_dir) / VALUE_HEAD_FILE).read_bytes())
     assert prefixes[0] == prefixes[1] != prefixes[2]
@@ -856,3 +856,17 @@ def test_settings_that_are_refused(build, settings, words):
 def test_fewer_contexts_than_an_iteration_takes(build):
     with pytest.raises(InputError, match="5 contexts train, fewer than the 6 of one iteration"):
         build(contexts=range(5))
+
+
+def test_value_head_learns_which_contexts_are_hard(build):
+    """All rewards lie far from 0, and the context alone decides how far: within 12 iterations the head has found it."""
+    trainer = build(
+        reward=lambda prompts, completions: [-30.0 + 2 * (len(p[-1]["content"]) % 2) for p in prompts],
+        learning_rate=0.0,
+        max_steps=12,
+        value_learning_rate=1e-2,
+        missing_eos_penalty=0.0,
+    )
+    trainer.train()
+    found = [line["val/explained_variance"] for line in trainer.state.log_history if "val/explained_variance" in line]
+    assert sum(found[-4:]) / 4 > 0.5, found

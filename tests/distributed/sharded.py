@@ -67,6 +67,7 @@ def main(model_folder: str, out: str) -> None:
     sharded_logps, sharded_gradient = learn(policy)
     # Every process takes part in gathering the prefix, the first one writes.
     save_adapter(policy.model, tokenizer, prefix, out, is_main_process=dist.get_rank() == 0)
+    policy.save_value_head(out, is_main_process=dist.get_rank() == 0)
     result = {
         "world_size": dist.get_world_size(),
         "logps": (sharded_logps - logps).abs().max().item(),
@@ -78,7 +79,8 @@ def main(model_folder: str, out: str) -> None:
     results = [None] * dist.get_world_size()
     dist.all_gather_object(results, result)
     if dist.get_rank() == 0:
-        save_file({"prefix": soft_prefix(whole.model).detach()}, Path(out) / "whole.safetensors")
+        head = whole.value_head.state_dict()
+        save_file({"prefix": soft_prefix(whole.model).detach(), **head}, Path(out) / "whole.safetensors")
         (Path(out) / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

@@ -66,7 +66,10 @@ def test_sharded_by_fsdp2(gemma_folder, tmp_path):
     for result in results:
         assert result["logps"] < 1e-6 and result["gradient"] < 1e-6 and result["largest gradient"] > 1e-3
     saved = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
-    assert torch.equal(saved, load_file(tmp_path / "whole.safetensors")["prefix"])
+    whole = load_file(tmp_path / "whole.safetensors")
+    assert torch.equal(saved, whole.pop("prefix"))
+    head = load_file(tmp_path / "value_head.safetensors")
+    assert head.keys() == whole.keys() and all(torch.equal(head[name], whole[name]) for name in whole)
 
 
 def test_both_stages_run_on_two_processes(gemma_folder, bert_folder, sheet_file, contexts_file, tmp_path):

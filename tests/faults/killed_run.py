@@ -1,13 +1,12 @@
 """Kill a recipe at chosen moments, resume it, and hold what it ends with against the run that nothing disturbed.
 
-    python killed_run.py RECIPE POINTS FOLDER FLAG…
+    python killed_run.py RECIPE PROCESSES POINTS FOLDER FLAG…
 
-Each run is a fork of this process, which has imported everything and computed nothing. The moments are counted events:
-a call of one of `MOMENTS`. Prints a JSON line a kill point: where it fell and what differed.
+The moments are counted events: a call of one of `MOMENTS` by the first process; the others are killed with it. Prints a
+JSON line a kill point: where it fell and what differed.
 """
 
 import functools
-import importlib.util
 import json
 import os
 import random
@@ -16,15 +15,14 @@ import sys
 from pathlib import Path
 
 import torch
+from forks import recipe, run
 from safetensors.torch import load_file
 
 import h2s.checkpoints
 import h2s.evaluation
 import h2s.ppo_trainer
 import h2s.reward_training
-import h2s.rollout
 
-ROOT = Path(__file__).parents[2]
 # Where a kill may fall: sampling, an update, the parts of an evaluation, and each file of a checkpoint or an adapter.
 MOMENTS = (
     (h2s.ppo_trainer, "generate"),
@@ -41,81 +39,59 @@ MOMENTS = (
     (h2s.checkpoints, "_sync"),
     (h2s.checkpoints, "rotate_checkpoints"),
 )
-TIMES = ("runtime", "per_second", "flos", "train_loss")  # of the machine; train_loss counts the steps since the start
+# Not compared: the clock, and two of Trainer's and TRL's that count since the last start (the closing mean of the loss,
+# the tokens seen).
+NOT_COMPARED = ("_runtime", "_per_second", "train_loss", "num_tokens")
 
 
-def recipe(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def counted(function, on_moment):
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        on_moment(function.__name__)
+        return function(*args, **kwargs)
+
+    return wrapped
 
 
-def run(main, flags: list[str], log: Path, kill_at: int | None = None) -> tuple[int, int]:
-    """Run `main` in a fork; returns the wait status and how many moments it counted."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        with os.fdopen(reader) as pipe:
-            counted = pipe.read().splitlines()
-        return os.waitpid(child, 0)[1], len(counted)
-    os.close(reader)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+def count_moments(rank: int, report: int, kill_at: int | None = None) -> None:
+    """Write a byte to `report` at each moment of the first process, and kill it before the given one."""
     seen = [0]
 
-    def counting(function, name):
-        @functools.wraps(function)
-        def counted(*args, **kwargs):
-            seen[0] += 1
-            os.write(writer, f"{name}\n".encode())
-            if seen[0] == kill_at:
-                print(f"killed before moment {kill_at}, {name}", flush=True)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
+    def on_moment(name: str) -> None:
+        seen[0] += 1
+        os.write(report, b".")
+        if seen[0] == kill_at:
+            print(f"killed before moment {kill_at}, {name}", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        return counted
-
-    for owner, name in MOMENTS:
-        setattr(owner, name, counting(getattr(owner, name), name))
-    code = 0
-    try:
-        main(flags)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        code = 1
-    os._exit(code)
+    if rank == 0:
+        for owner, name in MOMENTS:
+            setattr(owner, name, counted(getattr(owner, name), on_moment))
 
 
 def ending(folder: Path) -> dict:
     """All that a run ends with: adapters, value head, optimiser, schedule, random states, logged numbers, replies."""
-    state = json.loads((folder / "trainer_state.json").read_text()) if (folder / "trainer_state.json").is_file() else {}
     newest = max(folder.glob("checkpoint-*"), key=lambda f: int(f.name.rsplit("-", 1)[1]))
-    in_checkpoint = json.loads((newest / "trainer_state.json").read_text())
     found: dict = {
-        "checkpoint": newest.name,
         "checkpoints": sorted(f.name for f in folder.glob("checkpoint-*")),
-        "best": (in_checkpoint["best_metric"], in_checkpoint["best_global_step"]),
-        "leftovers": sorted(f.name for f in folder.glob("unfinished*")),
+        "files": sorted(str(f.relative_to(folder)) for f in folder.rglob("*")),
     }
-    for name, history in (("log", state.get("log_history", [])), ("checkpoint's log", in_checkpoint["log_history"])):
-        found[name] = [{k: repr(v) for k, v in h.items() if not any(t in k for t in TIMES)} for h in history]
-    for where in (folder, newest):
-        for file in where.glob("*.safetensors"):
-            found[f"{where.name if where != folder else 'root'}/{file.name}"] = {
-                k: v.numpy().tobytes() for k, v in load_file(file).items()
-            }
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for file in (folder / "trainer_state.json", newest / "trainer_state.json"):
+        if file.is_file():
+            found[file] = repr(json.loads(file.read_text(), object_hook=compared)).replace(str(folder), "")
+    for file in (*folder.glob("*.safetensors"), *newest.glob("*.safetensors")):
+        found[file] = {k: v.numpy().tobytes() for k, v in load_file(file).items()}
+    for file in newest.glob("*.pt*"):
         # Our own run's file of a moment ago; numpy's state in it needs the full unpickler.
-        found[name] = repr(flat(torch.load(newest / name, weights_only=False)))
-    found["completions"] = {f.name: f.read_bytes() for f in sorted(folder.glob("completions/*.parquet"))}
-    return found
+        found[file] = repr(flat(torch.load(file, weights_only=False)))
+    for file in (*folder.glob("completions/*.parquet"), *folder.glob("*.md"), *folder.glob("*.parquet")):
+        found[file] = file.read_bytes().replace(bytes(folder), b"")
+    return {str(k).replace(str(folder), ""): v for k, v in found.items()}
+
+
+def compared(line: dict) -> dict:
+    """A JSON object without what is not compared."""
+    return {k: v for k, v in line.items() if not any(t in k for t in NOT_COMPARED)}
 
 
 def flat(value):
@@ -130,26 +106,36 @@ def flat(value):
 
 
 def main() -> None:
-    name, points, folder, *flags = sys.argv[1:]
+    name, processes, points, folder, *flags = sys.argv[1:]
     torch.set_num_threads(1)
     out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    start = recipe(name)
-    common = [*flags, "--output_dir", str(out), "--disable_tqdm", "true", "--report_to", "none"]
-    status, total = run(start, [*common, "--run_name", "whole"], out / "whole.log")
-    assert status == 0, (out / "whole.log").read_text()[-3000:]
-    expected = ending(out / "whole")
+    start, processes = recipe(name), int(processes)
+    flags += ["--run_name", "run", "--disable_tqdm", "true", "--report_to", "none"]
+
+    def begin(label: str, *more: str, kill_at: int | None = None) -> tuple[list[int], int]:
+        """Exit codes and the number of moments of a run in the folder `label`."""
+        (out / label).mkdir(parents=True, exist_ok=True)
+        reader, writer = os.pipe()
+        prepare = functools.partial(count_moments, report=writer, kill_at=kill_at)
+        codes = run(start, [*flags, "--output_dir", str(out / label), *more], out / f"{label}.log", processes, prepare)
+        os.close(writer)
+        with os.fdopen(reader) as moments:
+            return codes, len(moments.read())
+
+    codes, total = begin("undisturbed")
+    assert not any(codes), (out / "undisturbed.err").read_text()[-3000:]
+    expected = ending(out / "undisturbed" / "run")
+    assert sum("rng_state" in name and name.endswith(".pth") for name in expected) == processes
     for point in sorted(random.Random(0).sample(range(1, total + 1), int(points))):
-        run_name, log = f"killed-{point}", out / f"killed-{point}.log"
-        status, _ = run(start, [*common, "--run_name", run_name], log, kill_at=point)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        resumed, _ = run(start, [*common, "--run_name", run_name, "--resume_from_checkpoint", "true"], log)
-        result = {"point": point, "of": total, "killed": killed, "resumed": resumed, "log": str(log)}
-        if resumed == 0:
-            found = ending(out / run_name)
-            result["differs"] = [k for k in {*expected, *found} if expected.get(k) != found.get(k)]
-        where = [line for line in log.read_text().splitlines() if line.startswith("killed before")]
-        print(json.dumps(result | {"where": where[0].rsplit(" ", 1)[1] if where else None}), flush=True)
+        label = f"killed-{point}"
+        killed, _ = begin(label, kill_at=point)
+        (where,) = [line for line in (out / f"{label}.log").read_text().splitlines() if line.startswith("killed")]
+        resumed, _ = begin(label, "--resume_from_checkpoint", "true")
+        result = {"point": point, "of": total, "where": where.rsplit(" ", 1)[1], "killed": killed, "resumed": resumed}
+        if not any(resumed):
+            found = ending(out / label / "run")
+            result["differs"] = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

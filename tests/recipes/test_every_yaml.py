@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 from h2s import PrefixTuningPolicyModel, model_card
 from h2s.errors import InputError
@@ -112,7 +115,11 @@ def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_f
     """The next round's judgements come from the blinded sheet."""
     import openpyxl
 
-    run("compare", "--policy_adapter", policy_adapter, "--path", assistant_first, "--split", "all",
+    trained = shutil.copytree(policy_adapter, tmp_path / "trained")
+    weights = load_file(trained / "adapter_model.safetensors")
+    # An untrained one answers as the hard prompt does, and two identical replies teach nothing.
+    save_file({k: w + torch.randn(w.shape) for k, w in weights.items()}, trained / "adapter_model.safetensors")
+    run("compare", "--policy_adapter", trained, "--path", assistant_first, "--split", "all",
         "--max_completion_length", 6, "--temperature", 1, "--output_dir", tmp_path, "--run_name", "c")  # fmt: skip
     (sheet,) = (tmp_path / "c").glob("*.xlsx")
     with pytest.raises(InputError, match="human_eval"):

@@ -1,0 +1,39 @@
+"""Tiny runs of both stages that go into their second epoch, for the scripts of this folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}"}
+FLAGS: dict[str, dict[str, object]] = {
+    "train_policy": {
+        "hard_prompt": "Be kind.",
+        "reward_function": "rewards_of_tests.length",
+        "max_completion_length": 4,
+        "per_device_train_batch_size": 8,
+        "max_steps": 5,
+        "eval_steps": 1,
+        "save_steps": 2,
+    },
+    "train_reward": {"num_virtual_tokens": 4, "num_train_epochs": 3},
+}
+MODEL = {"train_policy": "model_name_or_path", "train_reward": "reward_model_name_or_path"}
+
+
+def start(script: str, recipe: str, model: Path, data: Path, *words: object, **flags: object) -> list[dict]:
+    """Start a script of this folder on a tiny run; its JSON lines."""
+    flags = {MODEL[recipe]: model, "path": data} | FLAGS[recipe] | flags
+    given = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), recipe, *map(str, words), *given],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]

@@ -9,7 +9,9 @@ the fault left is copied to FOLDER/<fault>/left.
 
 import errno
 import functools
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -72,8 +74,10 @@ def no_number(plain, *args, **kwargs):
     return [float("nan") for _ in plain(*args, **kwargs)]
 
 
-def endless_step(plain, trainer, loss):
-    trainer.optimizer.param_groups[0]["lr"] = 1e39
+def endless_step(plain, trainer, loss, calls=itertools.count(1)):  # noqa: B008 (one count a process is meant)
+    """The second update, the last of an iteration, is infinitely large."""
+    if next(calls) == 2:
+        trainer.optimizer.param_groups[0]["lr"] = math.inf
     return plain(trainer, loss)
 
 
@@ -106,6 +110,7 @@ def main() -> None:
     name, folder, faults, *flags = sys.argv[1:]
     torch.set_num_threads(1)
     h2s.exits.ONE_SIGNAL = 0.2
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     start, out = recipe(name), Path(folder)
     flags += ["--run_name", "run", "--disable_tqdm", "true", "--report_to", "none"]
 

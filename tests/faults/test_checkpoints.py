@@ -44,7 +44,8 @@ def test_without_a_complete_checkpoint_a_run_starts_over_and_says_so(tmp_path, s
 
 
 def test_the_newest_complete_checkpoint_is_gone_on_from(tmp_path, said):
-    for folder in ("checkpoint-8", "checkpoint-16", "unfinished-checkpoint/checkpoint-24"):
+    # The judge's are another training's.
+    for folder in ("checkpoint-8", "checkpoint-16", "unfinished-checkpoint/checkpoint-24", "judge/checkpoint-32"):
         checkpoint(tmp_path / folder)
     args = resuming()
     assert checkpoint_to_resume(args, tmp_path) == str(tmp_path / "checkpoint-16")

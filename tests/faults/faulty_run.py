@@ -86,7 +86,6 @@ FAULTS: dict[str, tuple] = {
     "full_disk_adapter": (h2s.ppo_trainer, "save_adapter", fails(full_disk)),
     # As torch says it on a full disk.
     "full_disk_optimizer": (torch, "save", fails(RuntimeError("PytorchStreamWriter failed writing file data/0"))),
-    "full_disk_fsync": (os, "fsync", fails(full_disk)),
     "full_disk_completions": (PPO, "_write_completions", fails(full_disk)),
     "unwritable": (Path, "rename", fails(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))),
     "nan_reward": (h2s.ppo_trainer, "score_replies", no_number),

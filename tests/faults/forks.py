@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -24,8 +23,8 @@ def run(
 ) -> list[int]:
     """Run `main` as so many processes, which find each other as those of `accelerate launch` do.
 
-    `prepare` is called with each one's rank. Stdout is added to `log`, stderr to `log` with the suffix .err. When the
-    first is killed, so are the others.
+    `prepare` is called with each one's rank. Stdout is added to `log`, stderr to `log` with the suffix .err. They are a
+    process group of their own.
 
     Returns:
         The exit codes, that of a process which a signal ended being minus the signal.
@@ -42,12 +41,8 @@ def run(
             if together:
                 os.environ.update(together, WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank))
             _child(main, flags, log, lambda rank=rank: prepare(rank))
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1])]
-    for pid in pids[1:]:
-        if codes[0] == -signal.SIGKILL:
-            os.kill(pid, signal.SIGKILL)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    return codes
+        os.setpgid(pids[-1], pids[0])
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 def _child(main: Callable, flags: list[str], log: Path, prepare: Callable[[], None]) -> None:

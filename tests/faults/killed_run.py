@@ -2,7 +2,7 @@
 
     python killed_run.py RECIPE PROCESSES POINTS FOLDER FLAG…
 
-The moments are counted events: a call of one of `MOMENTS` by the first process; the others are killed with it. Prints a
+The moments are counted events: a call of one of `MOMENTS` by the first process, and all are killed at once. Prints a
 JSON line a kill point: where it fell and what differed.
 """
 
@@ -54,7 +54,7 @@ def counted(function, on_moment):
 
 
 def count_moments(rank: int, report: int, kill_at: int | None = None) -> None:
-    """Write a byte to `report` at each moment of the first process, and kill it before the given one."""
+    """Write a byte to `report` at each moment of the first process, and kill all before the given one."""
     seen = [0]
 
     def on_moment(name: str) -> None:
@@ -62,7 +62,7 @@ def count_moments(rank: int, report: int, kill_at: int | None = None) -> None:
         os.write(report, b".")
         if seen[0] == kill_at:
             print(f"killed before moment {kill_at}, {name}", flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(0, signal.SIGKILL)
 
     if rank == 0:
         for owner, name in MOMENTS:

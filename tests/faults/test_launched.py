@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT
 from tiny_runs import ENVIRONMENT
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def launch(gemma_folder, contexts_file, tmp_path):

@@ -12,13 +12,13 @@ FLAGS: dict[str, dict[str, object]] = {
     "train_policy": {
         "hard_prompt": "Be kind.",
         "reward_function": "rewards_of_tests.length",
-        "max_completion_length": 4,
+        "max_completion_length": 3,
         "per_device_train_batch_size": 8,
-        "max_steps": 5,
+        "max_steps": 4,
         "eval_steps": 1,
         "save_steps": 2,
     },
-    "train_reward": {"num_virtual_tokens": 4, "num_train_epochs": 3},
+    "train_reward": {"num_virtual_tokens": 4, "num_train_epochs": 2},
 }
 MODEL = {"train_policy": "model_name_or_path", "train_reward": "reward_model_name_or_path"}
 

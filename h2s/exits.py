@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from torch import distributed
+
 from h2s.errors import InputError, RunError, Terminated
 from h2s.run_folder import claimed, logger
 
@@ -60,6 +62,10 @@ def reports_errors(main: Callable[..., None]) -> Callable[..., None]:
         previous = signal.signal(signal.SIGTERM, stop_request)
         try:
             main(*args, **kwargs)
+            if distributed.is_initialized():
+                # Left to the interpreter's end, gloo's threads may want its lock when it is gone: an abort, at random.
+                # Not after a fault: with NCCL it could wait for processes that are in a collective.
+                distributed.destroy_process_group()
         except InputError as error:
             say(f"error: {_one_line(error)}")
             sys.exit(2)

@@ -9,6 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from torch import distributed as dist
+
+from h2s.exits import reports_errors
 
 UPDATES = ROOT / "tests" / "distributed" / "updates.py"
 SHARDED = ROOT / "tests" / "distributed" / "sharded.py"
@@ -95,3 +98,12 @@ def test_bad_input_is_one_line_for_all_processes(tmp_path):
     done = launch(2, "recipes/train_reward.py", "--path", str(tmp_path / "none.xlsx"), "--output_dir", str(tmp_path))
     assert done.returncode != 0
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+
+
+def test_a_recipe_leaves_its_process_group():
+    """Left to the interpreter's end, gloo's threads can abort it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    inside = []
+    reports_errors(lambda: inside.append(dist.is_initialized()))()
+    assert inside == [True]
+    assert not dist.is_initialized()

@@ -77,6 +77,7 @@ def main(model_folder: str, out: str, batch: str, ratio_norm: str, contexts: str
         evaluated = [line["eval_contexts"] for line in trainer.state.log_history if "eval_contexts" in line]
         result = {"world_size": args.world_size, "seen": seen, "evaluated": evaluated}
         Path(out).with_suffix(".json").write_text(json.dumps(result))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONFAULTHANDLER": "1",  # an abort says where
+    "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}",
+}
 FLAGS: dict[str, dict[str, object]] = {
     "train_policy": {
         "hard_prompt": "Be kind.",

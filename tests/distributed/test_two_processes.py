@@ -35,15 +35,24 @@ def run(*command: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("ratio_norm", ["none", "mean"])
-def test_two_processes_end_where_one_does(ratio_norm, gemma_folder, tmp_path):
-    """Three iterations of two passes on the same global batch of 8 out of 9 contexts, which do not share out evenly."""
-    results = {}
+@pytest.fixture(scope="module")
+def updates(gemma_folder, tmp_path_factory):
+    """Folders with what one and two processes ended with."""
+    folders = {}
     for processes, batch in ((1, 8), (2, 4)):
-        out = tmp_path / f"{processes}.safetensors"
-        done = launch(processes, str(UPDATES), str(gemma_folder), str(out), str(batch), ratio_norm, "9")
+        folders[processes] = tmp_path_factory.mktemp(f"processes-{processes}-")
+        done = launch(processes, str(UPDATES), str(gemma_folder), str(folders[processes]), str(batch), "9")
         assert done.returncode == 0, done.stderr[-2000:]
-        results[processes] = load_file(out), json.loads(out.with_suffix(".json").read_text())
+    return folders
+
+
+@pytest.mark.parametrize("ratio_norm", ["none", "mean"])
+def test_two_processes_end_where_one_does(ratio_norm, updates):
+    """Three iterations of two passes on the same global batch of 8 out of 9 contexts, which do not share out evenly."""
+    results = {
+        processes: (load_file(f / f"{ratio_norm}.safetensors"), json.loads((f / f"{ratio_norm}.json").read_text()))
+        for processes, f in updates.items()
+    }
     one, two = results[1][1], results[2][1]
     assert one["world_size"] == 1 and two["world_size"] == 2
     assert len(one["seen"][0]) == 4  # the value head's batch and three iterations

@@ -1,6 +1,6 @@
-"""Some PPO iterations with given completions; each launch writes what it ends with and who took part.
+"""Some PPO iterations with given completions, for two `ratio_norm`s; each writes what it ends with and who took part.
 
-accelerate launch --config_file accelerate_configs/cpu.yaml tests/distributed/updates.py MODEL OUT BATCH NORM CONTEXTS
+accelerate launch --config_file accelerate_configs/cpu.yaml tests/distributed/updates.py MODEL OUT BATCH CONTEXTS
 """
 
 import json
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.torch import save_file
@@ -32,18 +33,18 @@ class GivenCompletions(SingleStepPPOTrainer):
         return completions
 
 
-def main(model_folder: str, out: str, batch: str, ratio_norm: str, contexts: str) -> None:
+def iterate(model_folder: str, out: Path, batch: int, contexts: int, ratio_norm: str) -> None:
     tokenizer = load_tokenizer(model_folder)
     prefix = chat_prefix(tokenizer, "You are a kind helper.")
     wrap_chat_template(tokenizer, prefix)
-    prompts = [[{"role": "user", "content": "walk " * (1 + i)}] for i in range(int(contexts))]
+    prompts = [[{"role": "user", "content": "walk " * (1 + i)}] for i in range(contexts)]
     rows = [
         {"prompt": c, "prompt_ids": p, "conversation": str(i)}
         for i, (c, p) in enumerate(zip(prompts, encode_prompts(tokenizer, prefix, prompts), strict=True))
     ]
     args = SingleStepPPOConfig(
-        output_dir=str(Path(out).parent / f"run-{Path(out).stem}"),
-        per_device_train_batch_size=int(batch),
+        output_dir=str(out / f"run-{ratio_norm}"),
+        per_device_train_batch_size=batch,
         max_steps=3,
         max_completion_length=4,
         learning_rate=1e-3,
@@ -73,13 +74,15 @@ def main(model_folder: str, out: str, batch: str, ratio_norm: str, contexts: str
     if trainer.is_world_process_zero():
         head = {f"value head {k}": v.contiguous() for k, v in trainer.policy.value_head.state_dict().items()}
         prefix_now = soft_prefix(model).detach()
-        save_file({"prefix": prefix_now, "moved": prefix_now - start, **head}, out)
+        save_file({"prefix": prefix_now, "moved": prefix_now - start, **head}, out / f"{ratio_norm}.safetensors")
         evaluated = [line["eval_contexts"] for line in trainer.state.log_history if "eval_contexts" in line]
         result = {"world_size": args.world_size, "seen": seen, "evaluated": evaluated}
-        Path(out).with_suffix(".json").write_text(json.dumps(result))
-    trainer.accelerator.end_training()
+        (out / f"{ratio_norm}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    model_folder, out, batch, contexts = sys.argv[1:]
+    for ratio_norm in ("none", "mean"):
+        iterate(model_folder, Path(out), int(batch), int(contexts), ratio_norm)
+    PartialState().destroy_process_group()

@@ -22,7 +22,7 @@ from openpyxl.worksheet.datavalidation import DataValidation
 from h2s.contexts import Messages, conversation_id, parse_messages, plain, read_table
 from h2s.errors import InputError
 from h2s.preferences import BOTH_POOR, COLUMNS, LABELS, POLICY_BETTER, REFERENCE_BETTER, TIE, load_preferences
-from h2s.statistics import share_text, sign_test
+from h2s.statistics import share_text, sign_test_text
 
 SHEET, KEY = "blinded.xlsx", "blinded.key.json"
 # What XML cannot hold; openpyxl's own list lacks the last three, and a file that holds them cannot be opened.
@@ -159,7 +159,9 @@ def people_verdict(sheet: str) -> str:
         if side is None:
             raise InputError(f"{sheet}, row {number}: not a row of the key: its texts were changed")
         label = int(float(label))
-        if label in (POLICY_BETTER, REFERENCE_BETTER):
+        if texts[1] == texts[2]:
+            winner = LABELS[TIE]  # equal replies: no side is soft's
+        elif label in (POLICY_BETTER, REFERENCE_BETTER):
             winner = "soft" if SIDES[label] == side else "hard"
         else:
             winner = LABELS[label]
@@ -172,9 +174,9 @@ def people_verdict(sheet: str) -> str:
     directional = [(w, c) for w, c in zip(wins, conversations, strict=True) if w != 0.5]
     if directional:
         share = share_text(*map(list, zip(*directional, strict=True)))
-        lines.append(f"\nSoft is better in {share} of the rows with a direction;")
+        lines.append(f"\nSoft is better in {share} of the rows with a direction.")
     lines.append(
-        f"with ties and both-poor rows as half, {share_text(wins, conversations)}. "
-        f"Exact sign test: p = {sign_test(counts['soft'], counts['hard']):.3g}."
+        f"\nWith ties and both-poor rows as half: {share_text(wins, conversations)}; "
+        f"{sign_test_text([w - 0.5 for w in wins], conversations)}."
     )
     return "\n".join(lines)

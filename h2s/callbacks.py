@@ -41,19 +41,30 @@ class EvaluateLastStep(TrainerCallback):
             control.should_evaluate = True
 
 
+# What the hard prompt has over itself: a run that only ever loses against it has no better evaluation to fall from.
+HARD_PROMPT_EVALUATION = {
+    "step": 0,
+    "eval_reward_difference": 0.0,
+    "eval_judge_difference": 0.0,
+    "eval_judge_difference_low": 0.0,
+    "eval_judge_difference_high": 0.0,
+}
+
+
 def over_optimised(log_history: list[dict]) -> tuple[dict, dict] | None:
     """Whether the last evaluation has more of the reward and less of the judge than the one the judge liked best.
 
     That is over-optimisation: the policy has found what the reward mistakes for good (Gao et al., arXiv 2210.10760).
+    The hard prompt counts as an evaluation at step 0.
 
     Returns:
         The log lines of the judge's favourite and of the last evaluation; None if there is nothing to say.
     """
     evaluations = [line for line in log_history if "eval_judge_difference" in line]
-    if len(evaluations) < 2:
+    if not evaluations:
         return None
     last = evaluations[-1]
-    best = max(evaluations[:-1], key=lambda line: line["eval_judge_difference"])
+    best = max([*evaluations[:-1], HARD_PROMPT_EVALUATION], key=lambda line: line["eval_judge_difference"])
     rises = last["eval_reward_difference"] > best["eval_reward_difference"]
     return (best, last) if rises and last["eval_judge_difference"] < best["eval_judge_difference"] else None
 
@@ -67,9 +78,9 @@ class OverOptimisation(TrainerCallback):
         if found is not None and state.is_world_process_zero:
             best, last = found
             # The starting prefix is evaluated by eval_on_start, and never kept.
-            kept = max(
-                (e for e in state.log_history if "eval_judge_difference" in e and e["step"] > 0),
-                key=lambda e: e["eval_judge_difference"],
+            chosen_by = "eval_" + args.metric_for_best_model.removeprefix("eval_")
+            kept = (max if args.greater_is_better else min)(
+                (e for e in state.log_history if chosen_by in e and e["step"] > 0), key=lambda e: e[chosen_by]
             )
             logger.warning(
                 "over-optimisation: since step %d the reward rose from %+.3f to %+.3f and the judge fell from %s to %s;"

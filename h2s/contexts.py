@@ -211,13 +211,17 @@ def _plain(cell: Any) -> Any:
 
 
 def conversation_id(messages: Messages) -> str:
-    """A short id of the conversation that `messages` belong to: a hash of its first message."""
-    first = messages[0]
-    return hashlib.sha256(f"{first['role']}\n{first['content'].strip()}".encode("utf-8", "replace")).hexdigest()[:16]
+    """A short id of the conversation that `messages` belong to: a hash of its beginning.
+
+    That is all up to the user's first message: an assistant may open every conversation with the same greeting.
+    """
+    end = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0) + 1
+    beginning = "\n".join(f"{m['role']}\n{m['content'].strip()}" for m in messages[:end])
+    return hashlib.sha256(beginning.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def part_of(conversation: str, split_seed: int, test_size: float) -> Part:
-    """The part a conversation belongs to, by hash(conversation, split_seed) alone.
+    """The part a conversation belongs to, by hash(conversation, split_seed) and the test part's size.
 
     A share `test_size` of all conversations is reported on, a further half of that selects (the best step, the best
     epoch), the rest trains. Both stages ask here, so they hold out the same conversations of one file.
@@ -242,12 +246,18 @@ def split_by_conversation(dataset: Dataset, split_seed: int, test_size: float) -
     if not 0 < test_size < 0.6 or math.isnan(test_size):
         raise InputError(f"test_size must lie between 0 and 0.6 (half as much again selects), got {test_size}")
     where = [part_of(c, split_seed, test_size) for c in dataset["conversation"]]
+    conversations = len(set(dataset["conversation"]))
+    if set(where) == {"test"} and conversations > 3:  # of so many all would hardly be held out by chance
+        raise InputError(
+            f"all {conversations} conversations are held out by test_size {test_size} and split_seed {split_seed}, as "
+            "are those of a sheet that compare.py wrote with both: take another split_seed, the same in every recipe"
+        )
     parts: dict[Part, Dataset] = {}
     for part in ("train", "validation", "test"):
         parts[part] = dataset.select([i for i, p in enumerate(where) if p == part])
         if not len(parts[part]):
             raise InputError(
-                f"the {part} part is empty: {len(set(dataset['conversation']))} conversations are too few for "
+                f"the {part} part is empty: {conversations} conversations are too few for "
                 f"test_size {test_size} with split_seed {split_seed}; add conversations or change one of the two"
             )
     return parts

@@ -18,10 +18,11 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from h2s.errors import RunError
 from h2s.prefix import hard_prompt_active
 from h2s.rewards import RewardFunction, score_replies
 from h2s.rollout import Batch, Sampling, completion_logps, decode, generate, stop_token_ids
-from h2s.statistics import adjusted_interval, difference_text, mean_interval, sign_test
+from h2s.statistics import adjusted_interval, difference_text, mean_interval, sign_test_text
 
 PICTURE = "differences.png"
 
@@ -60,13 +61,17 @@ def answer_both(
             chunk = rows[start : start + batch_size]
             torch.manual_seed(seed + start)
             soft = generate(model, chunk["prompt_ids"], sampling, stops, pad)
-            batch = Batch.from_rows(chunk["prompt_ids"], soft, pad, model.device)
-            logps = completion_logps(model, batch, sampling.temperature or 1.0)[0]
             with hard_prompt_active(model):
                 torch.manual_seed(seed + start)
                 hard = generate(model, chunk["prompt_ids"], sampling, stops, pad)
-                ref_logps = completion_logps(model, batch, sampling.temperature or 1.0)[0]
-            for i, kl in enumerate((logps - ref_logps).sum(1).tolist()):
+            kls = [math.nan] * len(soft)
+            if sampling.whole:
+                batch = Batch.from_rows(chunk["prompt_ids"], soft, pad, model.device)
+                logps = completion_logps(model, batch, sampling.temperature)[0]
+                with hard_prompt_active(model):
+                    ref_logps = completion_logps(model, batch, sampling.temperature)[0]
+                kls = (logps - ref_logps).sum(1).tolist()
+            for i, kl in enumerate(kls):
                 record = {"conversation": chunk["conversation"][i], "prompt": chunk["prompt"][i], "kl": kl}
                 for name, completion in (("soft", soft[i]), ("hard", hard[i])):
                     record[name] = decode(tokenizer, completion, stops)
@@ -77,9 +82,16 @@ def answer_both(
 
 
 def add_scores(table: pd.DataFrame, name: str, reward: RewardFunction) -> None:
-    """Add `soft_{name}` and `hard_{name}`, the reward of both replies, in place."""
+    """Add `soft_{name}` and `hard_{name}`, the reward of both replies, in place.
+
+    Raises:
+        RunError: one is not finite; it would count as a loss.
+    """
     for side in ("soft", "hard"):
-        table[f"{side}_{name}"] = score_replies(reward, table["prompt"].tolist(), table[side].tolist())
+        scores = score_replies(reward, table["prompt"].tolist(), table[side].tolist())
+        if not np.isfinite(scores).all():
+            raise RunError(f"the {name} of a reply is not finite: {scores}")
+        table[f"{side}_{name}"] = scores
 
 
 def summarise(table: pd.DataFrame, name: str = "reward") -> dict[str, float]:
@@ -121,9 +133,8 @@ def report(table: pd.DataFrame, names: Sequence[str]) -> str:
         lines.append(_line(name, soft, hard, conversations))
         left, low, high, slope = adjusted_interval(soft - hard, _longer(table), conversations)
         lines.append(f"| {name}, at equal length | | | {left:+.3f} [{low:+.3f}, {high:+.3f}], {slope:+.3f} a token |")
-        wins, ties = int((soft > hard).sum()), int((soft == hard).sum())
-        losses = len(table) - wins - ties
-        test = f"{ties} ties; exact sign test p = {sign_test(wins, losses):.3g}"
+        wins, losses = int((soft > hard).sum()), int((soft < hard).sum())
+        test = f"{len(table) - wins - losses} ties; {sign_test_text(soft - hard, conversations)}"
         lines.append(f"| {name}: wins of {len(table)} | {wins} | {losses} | {test} |")
         if mean_interval(soft - hard, conversations)[1] > 0 >= low:
             notes.append(f"At equal length no gain in {name} is shown: the gain may be length.")
@@ -132,8 +143,12 @@ def report(table: pd.DataFrame, names: Sequence[str]) -> str:
         if scale < 0:
             soft, hard = 1 - soft, 1 - hard
         lines.append(_line(label, soft, hard, conversations))
-    kl, low, high = mean_interval(table["kl"], conversations)
-    lines.append(f"| KL to the hard prompt, nats a reply | {kl:.3f} [{low:.3f}, {high:.3f}] | 0 | |")
+    kl = "-"
+    if table["kl"].notna().all():
+        kl = "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(table["kl"], conversations))
+    lines.append(f"| KL to the hard prompt, nats a reply | {kl} | 0 | |")
+    if conversations.nunique() < 10:
+        notes.append("Intervals of fewer than 10 conversations are too narrow: take more.")
     lines += [f"\nn = {len(table)} contexts of {conversations.nunique()} conversations.", *notes]
     return "\n".join(lines)
 
@@ -207,7 +222,8 @@ def best_of_n_report(table: pd.DataFrame, draws: pd.DataFrame, names: Sequence[s
         cells = " | ".join(difference_text(gained[name], gained["conversation"]) for name in names)
         lines.append(f"| hard prompt, best of {n} | at most {math.log(n) - (n - 1) / n:.2f} | {cells} |")
     gains = (difference_text(table[f"soft_{name}"] - table[f"hard_{name}"], table["conversation"]) for name in names)
-    lines.append(f"| soft prefix, one reply | {table['kl'].mean():.2f} | {' | '.join(gains)} |")
+    kl = table["kl"].mean()
+    lines.append(f"| soft prefix, one reply | {'-' if math.isnan(kl) else f'{kl:.2f}'} | {' | '.join(gains)} |")
     return "\n".join(lines)
 
 

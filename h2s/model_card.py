@@ -1,5 +1,6 @@
 """What a pushed adapter says of itself, and the push."""
 
+import re
 from pathlib import Path
 
 import datasets
@@ -41,6 +42,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 model(**tokenizer("the context", "the response", return_tensors="pt")).logits
 ```"""
 
+# What a card's code loads: its first argument, and the revision if it was pushed to one.
+LOADED = re.compile(r'\.from_pretrained\("[^"]*"(, revision="[^"]*")?')
+
 
 def write_card(folder: Path, title: str, base_model: str, body: str, reward: bool = False) -> None:
     """Write `README.md`: what the adapter is, how it was made and measured, and how plain PEFT loads it.
@@ -71,13 +75,27 @@ def write_card(folder: Path, title: str, base_model: str, body: str, reward: boo
 def push(
     folder: Path, hub_model_id: str | None, private: bool | None, token: str | None, revision: str | None = None
 ) -> str:
-    """Upload the adapter by allow-list, its card last.
+    """Upload the adapter by allow-list, its card last; the card then loads what was pushed.
+
+    Args:
+        folder: the run's folder, with the card that `write_card` wrote.
+        hub_model_id: the repository; the folder's name under one's own account if None.
+        private: whether a new repository is private.
+        token: of the Hub.
+        revision: the branch to push to, made if it is new, or a pull request's `refs/pr/…`.
 
     Returns:
         The repository's URL.
     """
     api = HfApi(token=token)
     url = api.create_repo(hub_model_id or folder.name, private=private, exist_ok=True)
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+    # Only now is it known what the repository is called: one named without its owner is created under one's own.
+    card = folder / "README.md"
+    source = f'"{url.repo_id}"' if revision is None else f'"{url.repo_id}", revision="{revision}"'
+    text = LOADED.sub(lambda _: f".from_pretrained({source}", card.read_text(encoding="utf-8"))
+    card.write_text(text, encoding="utf-8")
     for patterns in (list(UPLOADED), ["README.md"]):
         api.upload_folder(
             repo_id=url.repo_id,

@@ -55,8 +55,8 @@ class SingleStepPPOConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of scoring alike."})
 
     # Parameters that control the updates of an iteration
-    num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over a rollout batch."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Updates a pass; they also bound the memory."})
+    num_ppo_epochs: int = field(default=1, metadata={"help": "Passes over a rollout batch."})
+    num_mini_batches: int = field(default=4, metadata={"help": "Updates a pass; they also bound the memory."})
     cliprange: float = field(default=0.2, metadata={"help": "Clip range of a response's ratio."})
     ratio_norm: str = field(
         default="none",

@@ -10,6 +10,8 @@ import torch
 
 # exp(20) is far beyond any clip range; it only keeps the unclipped branch finite.
 MAX_LOG_RATIO = 20.0
+# A spread below this share of the mean is float32's rounding, whose unit is 1e-7.
+ROUNDING = 1e-6
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -40,13 +42,18 @@ def approx_kl_per_token(logps: torch.Tensor, old_logps: torch.Tensor, mask: torc
 def whiten(x: torch.Tensor, everyone: torch.Tensor) -> torch.Tensor:
     """(x - mean) / std with the moments of the global batch. A batch of one has no spread and stays as it is.
 
+    Equal values give 0, also where float32 cannot hold their mean and they differ from it by rounding.
+
     Args:
         x: this process's values, shape (B,).
         everyone: all processes' values, shape (B * world_size,).
     """
     if everyone.numel() < 2:
         return x
-    return (x - everyone.mean()) / (everyone.std() + 1e-8)
+    mean, std = everyone.mean(), everyone.std()
+    if std < ROUNDING * mean.abs():
+        return torch.zeros_like(x)
+    return (x - mean) / (std + 1e-8)
 
 
 def policy_loss(

@@ -8,7 +8,7 @@ checkpoint always lies between iterations.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from datasets import Dataset
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from trl.models import unwrap_model_for_generation
 
 from h2s.callbacks import EvaluateLastStep, LogBeforeSaving, OverOptimisation, StopOnSigterm, over_optimised
 from h2s.chat_prefix import ChatPrefix
 from h2s.checkpoints import WholeCheckpoints
 from h2s.contexts import columns
-from h2s.errors import RunError
+from h2s.errors import InputError, RunError
 from h2s.evaluation import add_scores, answer_both, summarise
 from h2s.ppo_config import SingleStepPPOConfig
 from h2s.ppo_loss import (
@@ -47,6 +48,25 @@ VALUE_WARMUP_UPDATES = 20
 REMEDY = "lower learning_rate or raise kl_coef"
 # How far the first pass's ratio may lie from 1: float32 sums differ by 1e-5, bf16 ones by more.
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+
+
+def measured_by(judges: Collection[str]) -> list[str]:
+    """What an evaluation by these judges is made of: `summarise` is asked, over one context of zeros."""
+    sides = [f"{side}_{what}" for side in ("soft", "hard") for what in ("tokens", "finished", *judges)]
+    table = pd.DataFrame(0.0, index=[0], columns=["conversation", "kl", *sides])
+    return list(dict.fromkeys(key for name in judges for key in summarise(table, name)))
+
+
+def check_metric(args: SingleStepPPOConfig, judges: Collection[str]) -> None:
+    """Whether an evaluation by these judges, if there is any, measures what is to select the best adapter.
+
+    Raises:
+        InputError: it does not; the first evaluation would be too late to say so.
+    """
+    names, name = measured_by(judges), str(args.metric_for_best_model)
+    if args.eval_strategy != IntervalStrategy.NO and name.removeprefix("eval_") not in names:
+        others = "" if "judge" in judges else "; those of the judge need a judge_adapter"
+        raise InputError(f"metric_for_best_model must be one of {', '.join(names)}, got {name}{others}")
 
 
 class SingleStepPPOTrainer(WholeCheckpoints):
@@ -87,6 +107,7 @@ class SingleStepPPOTrainer(WholeCheckpoints):
         self.judges = {"reward": reward} if judge is None else {"reward": reward, "judge": judge}
         if judge is not None and args.metric_for_best_model == "reward_difference":
             args.metric_for_best_model = "judge_difference"
+        check_metric(args, self.judges)
         self.sampling = Sampling(args.max_completion_length, args.temperature)
         self.stop_ids = stop_token_ids(model.model, processing_class)
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -217,6 +238,9 @@ class SingleStepPPOTrainer(WholeCheckpoints):
             self._record("loss/policy", pg_loss.detach())
             self._record("loss/value", vf_loss.detach())
             losses.append(loss.detach())
+        else:  # no break
+            if args.target_kl is not None:
+                self._metrics["policy/early_stop"].append(0.0)
         self.check_finite(f"an update broke the prefix: {REMEDY}", *(p for p in model.parameters() if p.requires_grad))
         return torch.stack(losses).mean()
 

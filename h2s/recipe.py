@@ -79,7 +79,7 @@ def parse_recipe(model: type, dataset: type, task: type, argv: list[str] | None 
     parser.add_argument("--config", metavar="FILE", help="The recipe's YAML.")
     config = _config_path(argv)
     if config is not None:
-        parser.set_defaults_with_config(**_read_yaml(config, classes))
+        parser.set_defaults_with_config(**_read_settings(config, classes))
     try:
         *sections, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except InputError:
@@ -106,8 +106,7 @@ def _nearest(key: str, keys: list[str], dashes: str = "") -> str:
     return f"; did you mean {dashes}{close[0]}?" if close else ""
 
 
-def _read_yaml(path: Path, classes: dict[str, type]) -> dict[str, Any]:
-    """The YAML as one flat mapping, each key checked to stand in its section and to be of its field's type."""
+def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -116,6 +115,18 @@ def _read_yaml(path: Path, classes: dict[str, type]) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected the sections {', '.join(SECTIONS)}, got {type(content).__name__}")
+    return content
+
+
+def recorded(path: Path, section: str) -> dict[str, Any]:
+    """A section of the recipe that a run wrote, as it stands; empty where the run left none."""
+    values = _read_yaml(path).get(section) if path.is_file() else None
+    return values if isinstance(values, dict) else {}
+
+
+def _read_settings(path: Path, classes: dict[str, type]) -> dict[str, Any]:
+    """The YAML as one flat mapping, each key checked to stand in its section and to be of its field's type."""
+    content = _read_yaml(path)
     flat: dict[str, Any] = {}
     for section, keys in content.items():
         if section not in SECTIONS:

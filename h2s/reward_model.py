@@ -45,7 +45,7 @@ class RewardModelConfig(RewardConfig):
     tensorboard, `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix on BERT silently loses its
     gradient under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the
     collator needs the token types), `max_length` None (it would drop long rows; they are cut before).
-    `train_sampling_strategy` has no say: a step holds whole conversations.
+    `train_sampling_strategy` has no say: the pairs of a conversation come one after the other.
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
@@ -176,14 +176,20 @@ def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
 def tokenize_preferences(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int, cuts: Counter
 ) -> Dataset:
-    """`chosen_ids`, `rejected_ids`, their `…_type_ids` and `conversation`: what trainer and collator use."""
+    """`chosen_ids`, `rejected_ids`, their `…_type_ids` and `conversation`: what trainer and collator use.
+
+    `cuts` counts as in [`encode_pair`], but a pair's context once.
+    """
     rows = []
     for row in dataset:
         text = context_text(row["prompt"])
         encoded: dict[str, Any] = {"conversation": row["conversation"]}
+        cut: Counter[str] = Counter()
         for side in ("chosen", "rejected"):
-            pair = encode_pair(tokenizer, text, row[side], max_tokens, cuts)
+            pair = encode_pair(tokenizer, text, row[side], max_tokens, cut)
             encoded |= {f"{side}_ids": pair["input_ids"], f"{side}_type_ids": pair["token_type_ids"]}
+        cuts["context"] += cut["context"] > 0
+        cuts["response"] += cut["response"]
         rows.append(encoded)
     return Dataset.from_list(rows)
 
@@ -202,6 +208,23 @@ class PreferenceCollator:
         # First, since Trainer takes the batch's size from what comes first: it shall count pairs.
         indices = {"pairs": torch.tensor([[places[text] for text in pair] for pair in pairs])}
         return BatchEncoding(indices | self.tokenizer.pad(features, return_tensors="pt").data)
+
+
+def scorer_adapters(reward: str | None, judge: str | None) -> dict[str, str]:
+    """The folders of the reward and judge adapters that are given, by `reward` and `judge`.
+
+    Raises:
+        InputError: one is not a reward adapter, or the judge is the reward.
+    """
+    folders = {name: adapter_folder(a) for name, a in (("reward", reward), ("judge", judge)) if a is not None}
+    for folder in folders.values():
+        read_adapter_config(folder, TaskType.SEQ_CLS)
+    if len(set(folders.values())) < len(folders):
+        raise InputError(
+            f"judge_adapter and reward_adapter are the same, {reward}: a judge is a model that the policy was not "
+            "trained on; train_reward.py --judge_share makes one"
+        )
+    return folders
 
 
 class RewardModel:

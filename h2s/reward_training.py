@@ -30,8 +30,9 @@ from h2s.run_folder import logger
 class ConversationSampler(Sampler[int]):
     """Pairs in a random order of their conversations, those of one conversation together.
 
-    So a step sees all that was judged of a conversation. With its pairs strewn over an epoch the model meets the same
-    texts again and again, and learns them by heart (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+    So one step sees all that was judged of a conversation, or neighbouring steps where one ends within it. With its
+    pairs strewn over an epoch the model meets the same texts again and again, and learns them by heart (Ouyang et al.
+    2022, arXiv 2203.02155, section 3.5).
     """
 
     def __init__(self, conversations: Sequence[str], seed: int):
@@ -53,7 +54,7 @@ class ConversationSampler(Sampler[int]):
 
 
 class PrefixRewardTrainer(WholeCheckpoints, RewardTrainer):
-    """TRL's trainer with a learning rate of its own for pooler and head, and steps of whole conversations."""
+    """TRL's trainer with a learning rate of its own for pooler and head, and the pairs of a conversation together."""
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of pairs in the order of [`ConversationSampler`], the same on every process; each takes its share."""

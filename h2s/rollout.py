@@ -27,6 +27,11 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
+    @property
+    def whole(self) -> bool:
+        """Whether any token may be drawn: only then do log-probabilities tell the KL of what is drawn."""
+        return self.temperature > 0 and self.top_k == 0 and self.top_p == 1
+
     def generation_config(self, stop_ids: list[int], pad_id: int) -> GenerationConfig:
         """Every setting is explicit: what is left out would be the model's own (Gemma's keeps the top 64)."""
         greedy = self.temperature == 0

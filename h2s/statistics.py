@@ -5,9 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, norm
-
-Z = float(norm.ppf(0.975))
+from scipy.stats import binomtest, t
 
 
 def mean_interval(
@@ -31,23 +29,27 @@ def mean_interval(
 def share_interval(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float, float]:
     """A share (a mean of values in [0, 1], such as right and wrong) with its 95% Wilson interval.
 
-    Wilson 1927 with the effective sample size of a cluster sample, p (1 - p) / Var(p), Var(p) by linearisation (Dean
-    and Pagano 2015, doi 10.1093/jssam/smv024). It lies between the number of conversations and that of rows; where all
-    values are equal it is the number of conversations, so that all right of 33 does not read as certain.
+    Wilson 1927 with the effective sample size of a cluster sample, p (1 - p) / Var(p), Var(p) by linearisation, and
+    Student's t (Dean and Pagano 2015, doi 10.1093/jssam/smv024). The size is at most the number of rows and at least
+    Kish's number of conversations, rows^2 / sum of squared conversation sizes: one long conversation is no crowd. It is
+    the latter where all values are equal, so that all right of 33 does not read as certain. t has that number less 1
+    degrees of freedom, at least 1.
 
     Returns:
         share, lower and upper end.
     """
     frame = pd.DataFrame({"value": np.asarray(values, dtype=float), "cluster": list(clusters)})
     rows, share = len(frame), float(frame["value"].mean())
-    errors = (frame["value"] - share).groupby(frame["cluster"]).sum()
-    count = len(errors)
-    size = float(count)
+    grouped = (frame["value"] - share).groupby(frame["cluster"])
+    errors, count = grouped.sum(), grouped.ngroups
+    kish = rows**2 / float((grouped.size() ** 2).sum())
+    size = kish
     variance = float((errors**2).sum()) / rows**2 * (count / (count - 1)) if count > 1 else 0.0
     if variance > 0:
-        size = min(max(share * (1 - share) / variance, count), rows)
-    centre = (share + Z**2 / (2 * size)) / (1 + Z**2 / size)
-    half = Z / (1 + Z**2 / size) * math.sqrt(share * (1 - share) / size + Z**2 / (4 * size**2))
+        size = min(max(share * (1 - share) / variance, kish), rows)
+    z = float(t.ppf(0.975, max(kish - 1, 1)))
+    centre = (share + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z / (1 + z**2 / size) * math.sqrt(share * (1 - share) / size + z**2 / (4 * size**2))
     # Exactly 0 and 1 at the edges, where rounding would leave the share outside.
     return share, max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
@@ -59,14 +61,25 @@ def share_text(values: Sequence[float], clusters: Sequence[str]) -> str:
 
 
 def difference_text(values: Sequence[float], clusters: Sequence[str]) -> str:
-    """`+mean [+low, +high]` of paired differences."""
+    """`+mean [+low, +high]` of paired differences; a single conversation has no interval."""
     mean, low, high = mean_interval(values, clusters)
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if len(set(clusters)) > 1 else f"{mean:+.3f} (no interval)"
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of the exact sign test; ties are left out. 1 where there is neither win nor loss."""
-    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+def sign_test(differences: Sequence[float], clusters: Sequence[str]) -> float:
+    """p-value of the exact two-sided sign test on each conversation's mean difference; ties are left out.
+
+    1 where all are ties.
+    """
+    means = pd.Series(np.asarray(differences, dtype=float)).groupby(list(clusters)).mean()
+    above, below = int((means > 0).sum()), int((means < 0).sum())
+    return float(binomtest(above, above + below).pvalue) if above + below else 1.0
+
+
+def sign_test_text(differences: Sequence[float], clusters: Sequence[str]) -> str:
+    """`exact sign test p = ...`, and over what where that is not the rows."""
+    over = " over conversations" if len(set(clusters)) < len(clusters) else ""
+    return f"exact sign test{over} p = {sign_test(differences, clusters):.3g}"
 
 
 def adjusted_interval(

@@ -4,6 +4,8 @@ python recipes/compare.py --config recipes/embedded/compare.yaml --policy_adapte
 python recipes/compare.py --judged outputs/compare/blinded.xlsx
 """
 
+from pathlib import Path
+
 from peft import TaskType
 
 from h2s import PrefixTuningPolicyModel
@@ -11,6 +13,7 @@ from h2s.arguments import (
     CompareArguments,
     CompareDatasetArguments,
     CompareModelArguments,
+    DatasetArguments,
     need,
 )
 from h2s.blinded_sheet import KEY, SHEET, check_fits_cells, people_verdict, write_blinded_sheet
@@ -19,11 +22,24 @@ from h2s.contexts import load_contexts, split_by_conversation
 from h2s.evaluation import PICTURE, add_scores, answer_both, best_of_n_report, draw_hard, picture, report
 from h2s.exits import reports_errors
 from h2s.prefix import adapter_folder, add_hard_prompt, load_config, load_tokenizer, read_adapter_config, room_for_text
-from h2s.recipe import parse_recipe, write_recipe
-from h2s.reward_model import RewardModel
+from h2s.recipe import parse_recipe, recorded, write_recipe
+from h2s.reward_model import RewardModel, scorer_adapters
 from h2s.rewards import score_replies
 from h2s.rollout import Sampling
 from h2s.run_folder import claim, logger, start_log
+
+
+def which_contexts(chosen: CompareDatasetArguments, adapter: str) -> str:
+    """What is compared, and whether the prefix may have learnt from it."""
+    if chosen.split == "all":
+        return "The contexts are all of the file: some may have trained the prefix."
+    text = f"The contexts are the test part by test_size {chosen.test_size} and split_seed {chosen.split_seed}."
+    trained = recorded(Path(adapter) / "recipe.yaml", "dataset")
+    size = trained.get("test_size", DatasetArguments.test_size)
+    seed = trained.get("split_seed", DatasetArguments.split_seed)
+    if "path" in trained and (size, seed) != (chosen.test_size, chosen.split_seed):
+        text += f" The prefix was trained by test_size {size} and split_seed {seed}: some may have trained it."
+    return text
 
 
 @reports_errors
@@ -46,10 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     contexts = contexts.add_column("prompt_ids", prompt_ids)
     if data_args.split == "test":
         contexts = split_by_conversation(contexts, data_args.split_seed, data_args.test_size)["test"]
-    scorers = {"reward": model_args.reward_adapter, "judge": model_args.judge_adapter}
-    adapters = {name: adapter_folder(folder) for name, folder in scorers.items() if folder is not None}
-    for scorer in adapters.values():
-        read_adapter_config(scorer, TaskType.SEQ_CLS)
+    which = which_contexts(data_args, adapter)
+    scorers = scorer_adapters(model_args.reward_adapter, model_args.judge_adapter)
 
     ###########
     # Compare #
@@ -61,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     add_hard_prompt(policy.model, prefix.token_ids)
     sampling = Sampling(args.max_completion_length, args.temperature, args.top_k, args.top_p)
     table = answer_both(policy.model, tokenizer, contexts, sampling, args.batch_size, args.seed)
-    rewards = {name: RewardModel.from_pretrained(a, policy.model.device) for name, a in adapters.items()}
+    rewards = {name: RewardModel.from_pretrained(a, policy.model.device) for name, a in scorers.items()}
     names = list(rewards)
     for name, reward in rewards.items():
         add_scores(table, name, reward)
@@ -69,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     ##########
     # Report #
     ##########
-    text = report(table, names)
-    if rewards and args.best_of_n:
+    text = f"{report(table, names)}\n{which}"
+    if rewards and args.best_of_n and args.temperature:  # without chance all draws are one
         draws = draw_hard(policy.model, tokenizer, contexts, sampling, args.best_of_n, args.batch_size, args.seed)
         for name, reward in rewards.items():
             draws[name] = score_replies(reward, draws["prompt"].tolist(), draws["reply"].tolist())
@@ -84,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     write_blinded_sheet(table, folder, args.seed)
     logger.info("to be judged: %s (fill in human_eval); which side is which: %s", folder / SHEET, KEY)
     logger.info("people's verdict, once it is filled in: compare.py --judged %s", folder / SHEET)
+    if data_args.split == "test":
+        logger.info("to learn from it, take another split_seed in every recipe: this one holds its contexts out")
 
 
 if __name__ == "__main__":

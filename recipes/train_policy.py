@@ -17,7 +17,7 @@ from h2s.evaluation import PICTURE, add_scores, answer_both, picture, report
 from h2s.exits import reports_errors
 from h2s.model_card import push, write_card
 from h2s.ppo_config import SingleStepPPOConfig
-from h2s.ppo_trainer import SingleStepPPOTrainer
+from h2s.ppo_trainer import SingleStepPPOTrainer, check_metric
 from h2s.prefix import (
     adapter_folder,
     add_hard_prompt,
@@ -31,7 +31,7 @@ from h2s.prefix import (
     room_for_text,
 )
 from h2s.recipe import parse_recipe, write_recipe
-from h2s.reward_model import RewardModel
+from h2s.reward_model import RewardModel, scorer_adapters
 from h2s.rewards import RewardFunction, load_reward_function
 from h2s.run_folder import claim, logger, start_log
 from h2s.value_head import PolicyWithValueHead
@@ -69,16 +69,14 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"expected one of reward_adapter and reward_function in section model, got {given}")
     if model_args.reward_function is not None:
         reward: RewardFunction = load_reward_function(model_args.reward_function)
-    else:
-        read_adapter_config(adapter_folder(str(model_args.reward_adapter)), TaskType.SEQ_CLS)
-    if model_args.judge_adapter is not None:
-        read_adapter_config(adapter_folder(model_args.judge_adapter), TaskType.SEQ_CLS)
+    scorers = scorer_adapters(model_args.reward_adapter, model_args.judge_adapter)
     prefix_ids = prefix.token_ids
     room = room_for_text(load_config(source, revision), len(prefix_ids)) - args.max_completion_length
     prompt_ids = encode_prompts(tokenizer, prefix, contexts["prompt"], room)
     contexts = contexts.add_column("prompt_ids", prompt_ids)
     parts = split_by_conversation(contexts, data_args.split_seed, data_args.test_size)
     args.check_run(len(parts["train"]))
+    check_metric(args, {"reward", *scorers})
 
     #########
     # Model #
@@ -96,11 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     add_hard_prompt(model, prefix_ids)
     if model_args.prefix_adapter is not None:
         load_weights(model, adapter_folder(model_args.prefix_adapter))
-    if model_args.reward_adapter is not None:
-        reward = RewardModel.from_pretrained(model_args.reward_adapter, args.device)
-    judge = None
-    if model_args.judge_adapter is not None:
-        judge = RewardModel.from_pretrained(model_args.judge_adapter, args.device)
+    if "reward" in scorers:
+        reward = RewardModel.from_pretrained(scorers["reward"], args.device)
+    judge = RewardModel.from_pretrained(scorers["judge"], args.device) if "judge" in scorers else None
 
     ############
     # Training #
@@ -145,7 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     write_card(folder, "A soft prefix trained by single-step PPO", source, body)
     logger.info("best adapter saved to %s", folder)
     if push_to_hub:
-        logger.info("pushed to %s", push(folder, args.hub_model_id, args.hub_private_repo, args.hub_token))
+        logger.info(
+            "pushed to %s", push(folder, args.hub_model_id, args.hub_private_repo, args.hub_token, args.hub_revision)
+        )
 
 
 if __name__ == "__main__":

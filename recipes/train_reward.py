@@ -116,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
         write_card(where, f"A BERT + prefix {role} model", source, f"{body}\n\n{text}", reward=True)
         logger.info("saved to %s", where)
     if push_to_hub and args.should_save:
-        logger.info("pushed to %s", push(folder, args.hub_model_id, args.hub_private_repo, args.hub_token))
+        logger.info(
+            "pushed to %s", push(folder, args.hub_model_id, args.hub_private_repo, args.hub_token, args.hub_revision)
+        )
 
 
 if __name__ == "__main__":

@@ -333,6 +333,24 @@ def test_reward_adapter_that_is_none(refused, tmp_path, policy_adapter, name):
     says(refused(name, model={"reward_adapter": str(tmp_path / "gone")}), "no such adapter folder", "gone")
 
 
+@pytest.mark.parametrize("name", ["train_policy", "compare"])
+def test_judge_that_is_the_reward(refused, reward_adapter, name):
+    """Also by another path to the same folder."""
+    same = {"reward_adapter": str(reward_adapter), "judge_adapter": f"{reward_adapter.parent}/./{reward_adapter.name}/"}
+    says(refused(name, model=same), "judge_adapter and reward_adapter are the same", "--judge_share")
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("reward_diference", ["must be one of soft_reward, hard_reward, reward_difference, ", "got reward_diference"]),
+        ("judge_difference", ["got judge_difference; those of the judge need a judge_adapter"]),
+    ],
+)
+def test_metric_that_no_evaluation_measures(refused, metric, words):
+    says(refused("train_policy", task={"metric_for_best_model": metric}), "metric_for_best_model", *words)
+
+
 def test_neither_or_both_of_reward_adapter_and_reward_function(refused):
     line = refused("train_policy", model={"reward_adapter": ...})
     says(line, "one of reward_adapter and reward_function", "section model", "got none")

@@ -190,7 +190,8 @@ def judged(replies, tmp_path):
 
 
 def wilson(right, rows):
-    interval = stats.binomtest(right, rows).proportion_ci(method="wilson")
+    level = 2 * stats.norm.cdf(stats.t.ppf(0.975, rows - 1)) - 1  # Student's t for the normal quantile
+    interval = stats.binomtest(right, rows).proportion_ci(confidence_level=level, method="wilson")
     return f"{right / rows:.3f} [{interval.low:.3f}, {interval.high:.3f}], n={rows} ({rows} conversations)"
 
 
@@ -199,7 +200,7 @@ def test_verdict_by_hand(judged):
     folder, labels = judged
     lines = people_verdict(fill(folder, labels)).splitlines()
     p = 2 * stats.binom.cdf(5, 17, 0.5)
-    assert lines[:8] == [
+    assert lines[:9] == [
         "| people's verdict | rows |",
         "|---|---|",
         "| soft | 12 |",
@@ -207,11 +208,12 @@ def test_verdict_by_hand(judged):
         "| tie or both good | 3 |",
         "| both poor | 4 |",
         "",
-        f"Soft is better in {wilson(12, 17)} of the rows with a direction;",
+        f"Soft is better in {wilson(12, 17)} of the rows with a direction.",
+        "",
     ]
     # 12 and 7 halves of 24 rows.
-    assert len(lines) == 9 and lines[8].startswith("with ties and both-poor rows as half, 0.646 [")
-    assert lines[8].endswith(f"n=24 (24 conversations). Exact sign test: p = {p:.3g}.")
+    assert len(lines) == 10 and lines[9].startswith("With ties and both-poor rows as half: 0.646 [")
+    assert lines[9].endswith(f"n=24 (24 conversations); exact sign test p = {p:.3g}.")
 
 
 def test_rows_of_one_conversation_are_counted_once(replies, tmp_path):
@@ -220,7 +222,20 @@ def test_rows_of_one_conversation_are_counted_once(replies, tmp_path):
     write_blinded_sheet(replies, tmp_path, seed=3)
     labels = [int(side == "reference_response") for side in read_key(tmp_path)["soft_side"]]
     verdict = people_verdict(fill(tmp_path, labels))
-    assert wilson(2, 2).replace("n=2", "n=24") in verdict and "| soft | 24 |" in verdict
+    # 2 / (2 + t^2), t being 12.706: of two conversations, 1 degree of freedom.
+    assert "1.000 [0.012, 1.000], n=24 (2 conversations)" in verdict and "| soft | 24 |" in verdict
+    assert verdict.endswith("exact sign test over conversations p = 0.5.")
+
+
+def test_equal_replies_are_ties_whatever_is_said(replies, tmp_path):
+    """Also of a context that comes twice: the key cannot tell its rows apart."""
+    replies["prompt"] = [sample_context(i // 2) for i in range(len(replies))]
+    replies["hard"] = replies["soft"] = [f"the same {i // 2}" for i in range(len(replies))]
+    write_blinded_sheet(replies, tmp_path, seed=3)
+    verdict = people_verdict(fill(tmp_path, [0] * 12 + [1] * 12))
+    assert "| soft | 0 |\n| hard | 0 |\n| tie or both good | 24 |" in verdict and verdict.endswith(
+        "sign test over conversations p = 1."
+    )
 
 
 def test_sorted_rows_still_match(judged):

@@ -231,6 +231,8 @@ def test_conversation_id_by_hand():
     # printf 'user\nhi there' | sha256sum
     assert conversation_id([USER]) == "285bdd5342662185"
     assert conversation_id([{"role": "user", "content": " hi there\n"}]) == "285bdd5342662185"
+    # printf 'assistant\nWelcome!\nuser\nhi there' | sha256sum
+    assert conversation_id([{"role": "assistant", "content": "Welcome!"}, USER]) == "f0cf135903936cd3"
 
 
 def test_turns_of_one_conversation_share_their_id():
@@ -238,6 +240,14 @@ def test_turns_of_one_conversation_share_their_id():
     assert len({conversation_id(turns[:n]) for n in (1, 3, 5)}) == 1
     others = [[{"role": "user", "content": "hi There"}], [{"role": "assistant", "content": "hi there"}, USER]]
     assert conversation_id([USER]) not in {conversation_id(o) for o in others}
+
+
+def test_one_greeting_for_all_is_no_conversation():
+    """The assistant opens each with the same words; turns of one still belong together."""
+    greeting = {"role": "assistant", "content": "How was your day?"}
+    talks = [[greeting, {"role": "user", "content": f"Day {i}"}] for i in range(5)]
+    assert len({conversation_id(t) for t in talks}) == 5
+    assert conversation_id([*talks[0], ASSISTANT, USER]) == conversation_id(talks[0])
 
 
 def expected_part(conversation, seed, size):

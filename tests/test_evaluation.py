@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ from conftest import sample_context
 from datasets import Dataset
 
 from h2s.contexts import conversation_id
+from h2s.errors import RunError
 from h2s.evaluation import (
     add_scores,
     answer_both,
@@ -75,13 +77,14 @@ def test_report_by_hand(table):
         "|---|---|---|---|",
         "| reward | 2.000 | 1.000 | +1.000 [+0.500, +1.500] |",
         "| reward, at equal length | | | +0.000 [-6.000, +5.000], +0.250 a token |",
-        "| reward: wins of 4 | 2 | 1 | 1 ties; exact sign test p = 1 |",
+        "| reward: wins of 4 | 2 | 1 | 1 ties; exact sign test over conversations p = 0.5 |",
         "| tokens | 7.000 | 3.000 | +4.000 [+3.000, +5.000] |",
         "| unfinished | 0.250 | 0.500 | -0.250 [-0.500, +0.000] |",
         "| KL to the hard prompt, nats a reply | 1.000 [1.000, 1.000] | 0 | |",
         "",
         "n = 4 contexts of 2 conversations.",
         "At equal length no gain in reward is shown: the gain may be length.",
+        "Intervals of fewer than 10 conversations are too narrow: take more.",
     ]
 
 
@@ -126,6 +129,13 @@ def test_add_scores(table):
     assert table["soft_judge"].tolist() == [30, 11, 12, 33] == table["hard_judge"].tolist()
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_score_that_is_no_number_ends_the_run(table, broken):
+    """It would pass for a loss."""
+    with pytest.raises(RunError, match="the judge of a reply is not finite"):
+        add_scores(table, "judge", lambda prompts, completions: [1.0, broken, 2.0, 3.0])
+
+
 @pytest.mark.parametrize("names", [["reward"], ["reward", "judge"]])
 def test_picture_is_a_png_with_a_panel_a_score(table, names, tmp_path):
     table["soft_judge"], table["hard_judge"] = 1.0, 2.0
@@ -162,10 +172,22 @@ def test_at_the_start_soft_is_hard(policy_parts, rows, temperature):
     table = answer(policy_parts, rows, temperature)
     assert table["soft"].tolist() == table["hard"].tolist()
     assert table["soft_tokens"].tolist() == table["hard_tokens"].tolist()
-    assert table["kl"].abs().max() < 1e-4
+    assert table["kl"].isna().all() if temperature == 0 else table["kl"].abs().max() < 1e-4
     assert table["prompt"].tolist() == rows["prompt"] and table["conversation"].tolist() == rows["conversation"]
     if temperature:
         assert table["soft"].nunique() > 3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(8, 0.0), Sampling(8, 1.0, 5), Sampling(8, 1.0, 0, 0.9)])
+def test_kl_of_what_is_not_drawn_from_is_not_shown(policy_parts, rows, sampling):
+    """The log-probabilities are those of all tokens: cut off, the replies come from another distribution."""
+    move(policy_parts[0])
+    table = answer_both(*policy_parts[:2], rows, sampling, 4, 7, progress=False)
+    assert table["kl"].isna().all()
+    table["soft_reward"], table["hard_reward"] = 1.0, 0.0
+    assert "| KL to the hard prompt, nats a reply | - | 0 | |" in report(table, ["reward"])
+    draws = pd.DataFrame({"context": [0, 0], "conversation": "a", "reward": [1.0, 2.0]})
+    assert "| soft prefix, one reply | - | +1.000" in best_of_n_report(table, draws, ["reward"])
 
 
 def test_same_seed_gives_the_same_hard_completions(policy_parts, rows):
@@ -247,13 +269,15 @@ def test_best_of_n_report_by_hand(table):
     Four of one context, eight of the other: a best of eight there is not. KL: ln 2 - 1 / 2, ln 4 - 3 / 4.
     """
     table["soft_judge"], table["hard_judge"] = 1.5, 2.0
-    draws = pd.DataFrame({"context": [0] * 4 + [1] * 8, "conversation": "a", "reward": [3.0, 1, 4, 2] + [0] * 8})
+    draws = pd.DataFrame(
+        {"context": [0] * 4 + [1] * 8, "conversation": list("aaaabbbbbbbb"), "reward": [3.0, 1, 4, 2] + [0] * 8}
+    )
     draws["judge"] = -draws["reward"]
     assert best_of_n_report(table, draws, ["reward", "judge"]).splitlines() == [
         "| chosen by reward | KL, nats a reply | reward gained (95% interval) | judge gained (95% interval) |",
         "|---|---|---|---|",
-        "| hard prompt, best of 2 | at most 0.19 | +0.417 [+0.417, +0.417] | -0.417 [-0.417, -0.417] |",
-        "| hard prompt, best of 4 | at most 0.64 | +0.750 [+0.750, +0.750] | -0.750 [-0.750, -0.750] |",
+        "| hard prompt, best of 2 | at most 0.19 | +0.417 [+0.000, +0.833] | -0.417 [-0.833, +0.000] |",
+        "| hard prompt, best of 4 | at most 0.64 | +0.750 [+0.000, +1.500] | -0.750 [-1.500, +0.000] |",
         "| soft prefix, one reply | 1.00 | +1.000 [+0.500, +1.500] | -0.500 [-0.500, -0.500] |",
     ]
 

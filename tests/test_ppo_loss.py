@@ -86,6 +86,19 @@ def test_whiten_equal_values_gives_zeros():
     assert_numbers(whiten(torch.full((4,), 1.5), torch.full((4,), 1.5)), [0, 0, 0, 0])
 
 
+@pytest.mark.parametrize("value", [0.3, -2.7, 1e-3, 1234.1])
+@pytest.mark.parametrize("count", [2, 12, 16, 4096])
+def test_whiten_equal_values_that_float32_cannot_hold_gives_zeros(value, count):
+    """Their mean is another number than they, by rounding; its spread is not theirs."""
+    x = torch.full((count,), value)
+    assert whiten(x[:2], x).tolist() == [0, 0]
+
+
+def test_whiten_keeps_a_small_spread_around_a_large_mean():
+    x = torch.tensor([999.0, 1001.0])  # variance 2
+    assert_numbers(whiten(x, x), [-1 / math.sqrt(2), 1 / math.sqrt(2)])
+
+
 def test_whiten_does_not_depend_on_shift_and_scale():
     x = torch.tensor([0.1, -2.0, 0.7, 5.0])
     assert_numbers(whiten(3 * x + 10, 3 * x + 10), whiten(x, x).tolist())

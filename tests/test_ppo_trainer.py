@@ -13,12 +13,13 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
-from h2s.callbacks import over_optimised
+from h2s import ppo_trainer
+from h2s.callbacks import HARD_PROMPT_EVALUATION, over_optimised
 from h2s.chat_prefix import chat_prefix, encode_prompts, wrap_chat_template
 from h2s.contexts import conversation_id
 from h2s.errors import InputError
 from h2s.ppo_config import SingleStepPPOConfig
-from h2s.ppo_trainer import VALUE_WARMUP_UPDATES, SingleStepPPOTrainer
+from h2s.ppo_trainer import VALUE_WARMUP_UPDATES, SingleStepPPOTrainer, measured_by
 from h2s.prefix import (
     HARD,
     add_hard_prompt,
@@ -78,6 +79,8 @@ def build(gemma_folder, tmp_path):
             "report_to": "none",
             "disable_tqdm": True,
             "target_kl": None,
+            "num_ppo_epochs": 2,
+            "num_mini_batches": 1,
         } | settings
         args = SingleStepPPOConfig(output_dir=str(tmp_path / folder), **settings)
         set_seed(args.seed)
@@ -274,7 +277,13 @@ def test_value_warm_up_fits_the_returns(build):
 
 
 def test_updates_end_when_the_policy_has_moved_too_far(build):
-    settings = {"max_steps": 2, "num_ppo_epochs": 4, "learning_rate": 3e-2, "value_warmup_batches": 0}
+    settings = {
+        "max_steps": 2,
+        "num_ppo_epochs": 4,
+        "num_mini_batches": 1,
+        "learning_rate": 3e-2,
+        "value_warmup_batches": 0,
+    }
     stopped = build(folder="stopped", target_kl=1e-7, **settings)
     stopped.train()
     # The first pass is always made: at it nothing has moved yet.
@@ -283,8 +292,18 @@ def test_updates_end_when_the_policy_has_moved_too_far(build):
     free = build(folder="free", target_kl=1e9, **settings)
     free.train()
     assert adam_steps(free) == (8, 8)
-    assert logged(free, "policy/early_stop") == []
+    assert logged(free, "policy/early_stop") == [0.0, 0.0]
     assert max(logged(free, "policy/approxkl")) > 1e-7
+
+
+def test_early_stop_is_the_share_of_iterations_that_ended_early(build, monkeypatch):
+    """One of two; without a limit there is no share."""
+    for folder, target_kl, expected in (("limit", 1.0, [0.5]), ("none", None, [])):
+        drifts = iter([0.0, 0.5, 0.0, 2.0])
+        monkeypatch.setattr(ppo_trainer, "approx_kl_per_token", lambda *_, d=drifts: torch.full((BATCH,), next(d)))
+        trainer = build(folder=folder, logging_steps=2, target_kl=target_kl, num_ppo_epochs=2, num_mini_batches=1)
+        trainer.train()
+        assert logged(trainer, "policy/early_stop") == expected
 
 
 def test_target_kl_of_zero_still_makes_the_first_pass(build):
@@ -707,6 +726,10 @@ def test_a_resumed_run_ends_in_the_same_bytes(build):
         ([], [], None),
         ([1], [1], None),
         ([0, 1], [0, -1], (0, 1)),
+        # Below the hard prompt from the first on: that has 0 and 0.
+        ([1], [-1], ("hard", 0)),
+        ([2, 3], [-1, -0.5], ("hard", 1)),
+        ([-1], [-1], None),
         ([0, 1], [0, 1], None),
         ([1, 0], [1, 0], None),
         ([0, 1], [2, 2], None),
@@ -728,7 +751,7 @@ def test_over_optimisation_by_hand(rewards, judges, expected):
         for i, (r, j) in enumerate(zip(rewards, judges, strict=True))
     ]
     found = over_optimised(lines)
-    assert found == (expected and tuple(lines[i] for i in expected))
+    assert found == (expected and tuple(HARD_PROMPT_EVALUATION if i == "hard" else lines[i] for i in expected))
     # Between the evaluations lie the lines of the training, and at its end a summary.
     history = [line for e in lines for line in ({"loss": 9.0, "step": e["step"]}, e)] + [{"train_loss": 1.0}]
     assert over_optimised(history) == found
@@ -832,6 +855,17 @@ def test_the_adapter_that_is_said_to_be_kept_is(build, warnings_of):
     assert "the adapter of step 1 is kept" in warnings_of[-1]
 
 
+def test_the_adapter_that_is_said_to_be_kept_is_the_best_by_what_was_asked_for(build, warnings_of):
+    settings = {"max_steps": 2, "metric_for_best_model": "kl", **EVERY_STEP, **KEPT_ALL}
+    trainer = build(Course([1.0, 2.0]), judge=Course([-1.0, -2.0]), **settings)
+    trainer.train()
+    root = Path(trainer.args.output_dir)
+    kls = logged(trainer, "eval_kl")
+    best = 1 + kls.index(max(kls))
+    assert torch.equal(saved_prefix(root), saved_prefix(root / f"checkpoint-{best}"))
+    assert f"the adapter of step {best} is kept" in warnings_of[-1] and len(warnings_of) == 2
+
+
 # Settings
 
 
@@ -856,6 +890,35 @@ def test_settings_that_are_refused(build, settings, words):
 def test_fewer_contexts_than_an_iteration_takes(build):
     with pytest.raises(InputError, match="5 contexts train, fewer than the 6 of one iteration"):
         build(contexts=range(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "judge"),
+    [("reward_diference", None), ("judge_diference", varied), ("judge_win", None), ("loss", varied), (None, None)],
+)
+def test_what_no_evaluation_measures_cannot_select(build, name, judge):
+    with pytest.raises(InputError) as refusal:
+        build(eval_strategy="steps", metric_for_best_model=name, judge=judge)
+    line = str(refusal.value)
+    assert line.startswith("metric_for_best_model must be one of ") and f", got {name}" in line and "\n" not in line
+    assert " reward_difference, " in line and " kl, " in line
+    assert (" judge_difference, " in line) == (judge is not None) == ("judge_adapter" not in line)
+
+
+@pytest.mark.parametrize("judge", [None, varied])
+def test_what_can_select_is_what_an_evaluation_measures(build, judge):
+    """With and without `eval_`; what is said besides, whether it is over-optimised, selects nothing."""
+    trainer = build(judge=judge)
+    metrics = {name.removeprefix("eval_") for name in trainer.evaluate()} - {"over_optimised"}
+    assert set(measured_by(trainer.judges)) == metrics
+    for name in ("soft_tokens", "eval_reward_win", "judge_win" if judge else "reward_tie"):
+        build(eval_strategy="steps", metric_for_best_model=name, judge=judge)
+
+
+def test_a_run_without_evaluations_may_name_anything(build):
+    trainer = build(metric_for_best_model="loss", max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_value_head_learns_which_contexts_are_hard(build):

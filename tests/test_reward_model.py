@@ -269,6 +269,16 @@ def test_columns_of_the_tokenized_pairs(bert_tokenizer):
     assert not +cuts
 
 
+def test_a_pairs_context_is_counted_as_cut_once(bert_tokenizer):
+    """In 6 tokens: whole for both, cut for one, cut for both."""
+    prompt = [{"role": "user", "content": "walk"}]
+    pairs = [("tea", "cat"), ("tea", "rain cat tea"), ("rain cat tea", "rain tea tea book")]
+    rows = [{"prompt": prompt, "chosen": c, "rejected": r, "conversation": "c"} for c, r in pairs]
+    cuts = Counter()
+    tokenize_preferences(Dataset.from_list(rows), bert_tokenizer, 6, cuts)
+    assert cuts == {"context": 2, "response": 1}
+
+
 def test_collator_encodes_each_text_once(bert_tokenizer):
     """Three pairs of three texts; one text has another's tokens and other types."""
     a = {"ids": [2, 5, 3], "type_ids": [0, 0, 1]}
@@ -286,7 +296,7 @@ def test_collator_encodes_each_text_once(bert_tokenizer):
     assert next(iter(batch)) == "pairs"  # what Trainer takes for the batch's size
 
 
-def test_steps_hold_whole_conversations_in_another_order_each_epoch(build):
+def test_pairs_of_a_conversation_come_together_in_another_order_each_epoch(build):
     trainer = build(pairs=40, per_device_train_batch_size=1)
     names = trainer.train_dataset["conversation"]
     loader = trainer.get_train_dataloader()

@@ -11,6 +11,7 @@ from h2s.statistics import (
     share_interval,
     share_text,
     sign_test,
+    sign_test_text,
 )
 
 # Means
@@ -69,46 +70,68 @@ def test_interval_is_the_same_each_time():
 # Shares
 
 
-def wilson(right, rows):
-    interval = stats.binomtest(right, rows).proportion_ci(method="wilson")
+def wilson(right, rows, conversations):
+    """scipy's, at the level at which its normal quantile is that of Student's t."""
+    level = 2 * stats.norm.cdf(stats.t.ppf(0.975, max(conversations - 1, 1))) - 1
+    interval = stats.binomtest(right, rows).proportion_ci(confidence_level=level, method="wilson")
     return pytest.approx((right / rows, interval.low, interval.high))
 
 
 @pytest.mark.parametrize("right", [1, 13, 20, 39])
 def test_share_of_independent_rows_is_scipys_wilson(right):
     values = [1.0] * right + [0.0] * (40 - right)
-    assert share_interval(values, [str(i) for i in range(40)]) == wilson(right, 40)
+    assert share_interval(values, [str(i) for i in range(40)]) == wilson(right, 40, 40)
 
 
 def test_share_of_repeated_rows_is_that_of_the_conversations():
     values = [1.0] * 13 + [0.0] * 27
     clusters = [str(i) for i in range(40)]
-    assert share_interval(np.repeat(values, 5), np.repeat(clusters, 5)) == wilson(13, 40)
+    assert share_interval(np.repeat(values, 5), np.repeat(clusters, 5)) == wilson(13, 40, 40)
 
 
 @pytest.mark.parametrize(
-    ("groups", "right", "size"),
+    ("groups", "right", "size", "kish"),
     [
         # Residual sums 1, -1, 0, 0: Var = 2 / 64 * 4 / 3 = 1 / 24, so 0.25 / Var = 6, between 4 and 8.
-        ([[1, 1], [0, 0], [1, 0], [1, 0]], 3, 6),
+        ([[1, 1], [0, 0], [1, 0], [1, 0]], 3, 6, 4),
         # Residual sums 1/7, 1/7, -2/7: 0.245 / Var = 65, more than there are rows.
-        ([[1, 0], [1, 0], [1, 0, 0]], 3, 7),
+        ([[1, 0], [1, 0], [1, 0, 0]], 3, 7, 49 / 17),
         # No variance between conversations: as many as these.
-        ([[1, 0]] * 4, 2, 4),
+        ([[1, 0]] * 4, 2, 4, 4),
     ],
 )
-def test_effective_size_by_hand(groups, right, size):
+def test_effective_size_by_hand(groups, right, size, kish):
     values = [v for group in groups for v in group]
     clusters = [str(i) for i, group in enumerate(groups) for _ in group]
-    assert share_interval(values, clusters) == wilson(right, size)
+    assert share_interval(values, clusters) == wilson(right, size, kish)
     # In whatever order the rows come.
     order = np.random.default_rng(0).permutation(len(values))
-    assert share_interval(np.array(values)[order], np.array(clusters)[order]) == wilson(right, size)
+    assert share_interval(np.array(values)[order], np.array(clusters)[order]) == wilson(right, size, kish)
+
+
+def test_one_long_conversation_is_no_crowd():
+    """100 rows of one and 20 times 2 of others: Kish's number is 140^2 / (100^2 + 20 * 2^2), and t has 1 degree."""
+    values, clusters = np.ones(140), ["long"] * 100 + [str(i // 2) for i in range(40)]
+    kish, t = 140**2 / 10_080, math.tan(0.475 * math.pi)  # t with 1 degree is Cauchy's
+    assert share_interval(values, clusters) == pytest.approx((1, kish / (kish + t**2), 1))
+
+
+def test_share_covers_the_truth_where_one_conversation_is_long():
+    """Conversations that differ (shares by a beta distribution around 0.65): 95% of the intervals should hold it."""
+    random = np.random.default_rng(7)
+    sizes = [60] + [3] * 10
+    clusters = np.repeat([str(i) for i in range(11)], sizes)
+    held = 0
+    for _ in range(200):
+        shares = random.beta(0.65 * 4, 0.35 * 4, 11)
+        _, low, high = share_interval(random.random(90) < np.repeat(shares, sizes), clusters)
+        held += low <= 0.65 <= high
+    assert held >= 180
 
 
 def test_all_right_is_not_certain():
     """33 conversations of 3 rows, all right: the lower end is 33 / (33 + z^2), as of 33 rows and not of 99."""
-    z = stats.norm.ppf(0.975)
+    z = stats.t.ppf(0.975, 32)
     values, clusters = np.ones(99), np.repeat([str(i) for i in range(33)], 3)
     assert share_interval(values, clusters) == pytest.approx((1, 33 / (33 + z**2), 1))
     assert share_interval(1 - values, clusters) == pytest.approx((0, 0, z**2 / (33 + z**2)))
@@ -116,19 +139,19 @@ def test_all_right_is_not_certain():
 
 
 def test_share_of_one_conversation_by_hand():
-    """Size 1: half / z = sqrt(1 + z^2) / 2 / (1 + z^2)."""
-    half = 1.959964 / 2 / math.sqrt(1 + 1.959964**2)
+    """Size 1: half / z = sqrt(1 + z^2) / 2 / (1 + z^2); z of t with 1 degree of freedom."""
+    half = 12.7062 / 2 / math.sqrt(1 + 12.7062**2)
     assert share_interval([1, 1, 0, 0], ["a"] * 4) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-6)
 
 
 def test_halves_are_shares_too():
     """Ties that count as half: rows of 0, 0.5, 0.5, 1 vary less than right and wrong; the size stays at most 4."""
-    assert share_interval([0, 0.5, 0.5, 1], list("abcd")) == wilson(2, 4)
+    assert share_interval([0, 0.5, 0.5, 1], list("abcd")) == wilson(2, 4, 4)
 
 
 def test_texts():
-    assert share_text([1, 1, 0, 0], ["a"] * 4) == "0.500 [0.055, 0.945], n=4 (1 conversations)"
-    assert difference_text([1, 2, 6], ["a"] * 3) == "+3.000 [+3.000, +3.000]"
+    assert share_text([1, 1, 0, 0], ["a"] * 4) == "0.500 [0.002, 0.998], n=4 (1 conversations)"
+    assert difference_text([1, 2, 6], ["a"] * 3) == "+3.000 (no interval)"
     assert difference_text([0, 0, 0, -4], ["a", "a", "a", "b"]) == "-1.000 [-4.000, +0.000]"
 
 
@@ -137,7 +160,19 @@ def test_texts():
     [(3, 0, 2 / 8), (5, 1, 2 * (1 + 6) / 64), (1, 5, 2 * (1 + 6) / 64), (2, 2, 1), (1, 0, 1), (0, 0, 1)],
 )
 def test_sign_test_by_hand(wins, losses, p):
-    assert sign_test(wins, losses) == pytest.approx(p)
+    """One row a conversation, and two ties."""
+    differences = [2.0] * wins + [-0.5] * losses + [0.0] * 2
+    conversations = [str(i) for i in range(len(differences))]
+    assert sign_test(differences, conversations) == pytest.approx(p)
+    assert sign_test_text(differences, conversations) == f"exact sign test p = {p:.3g}"
+
+
+def test_sign_test_counts_conversations():
+    """Eleven rows of four conversations, and their means: above 0, above 0, below 0, 0."""
+    differences, conversations = [1, -2, 3, *[1] * 5, -1, 1, -1], [*"aaa", *"bbbbb", "c", *"dd"]
+    assert sign_test(differences, conversations) == 1  # 2 against 1
+    assert sign_test([1] * 24, [str(i % 2) for i in range(24)]) == pytest.approx(2 / 4)
+    assert sign_test_text([1] * 24, [str(i % 2) for i in range(24)]) == "exact sign test over conversations p = 0.5"
 
 
 # At equal length

@@ -49,6 +49,8 @@ def iterate(model_folder: str, out: Path, batch: int, contexts: int, ratio_norm:
         max_completion_length=4,
         learning_rate=1e-3,
         entropy_coef=0.1,
+        num_ppo_epochs=2,
+        num_mini_batches=1,  # mini-batches are drawn by each process for itself
         ratio_norm=ratio_norm,
         eval_steps=3,
         save_strategy="no",

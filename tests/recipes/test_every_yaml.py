@@ -88,7 +88,7 @@ def test_yaml_runs(file, gemma_folder, bert_folder, sheet_file, contexts_file, a
     if file.stem == "compare":
         flags += ["--policy_adapter", policy_adapter, "--reward_adapter", reward_adapter, "--path", assistant_first]
     if "judge_adapter" in content["model"]:
-        flags += ["--judge_adapter", reward_adapter]
+        flags += ["--judge_adapter", shutil.copytree(reward_adapter, tmp_path / "judge")]
     run(recipe, *flags)
     names = {f.name for f in (tmp_path / "run").iterdir()}
     assert {"recipe.yaml", "train.log"} <= names
@@ -111,7 +111,7 @@ def test_accelerate_reads_its_configs(file):
     assert load_config_from_file(str(file)).num_processes >= 1
 
 
-def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_folder, tmp_path):
+def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_folder, tmp_path, capsys):
     """The next round's judgements come from the blinded sheet."""
     import openpyxl
 
@@ -119,7 +119,7 @@ def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_f
     weights = load_file(trained / "adapter_model.safetensors")
     # An untrained one answers as the hard prompt does, and two identical replies teach nothing.
     save_file({k: w + torch.randn(w.shape) for k, w in weights.items()}, trained / "adapter_model.safetensors")
-    run("compare", "--policy_adapter", trained, "--path", assistant_first, "--split", "all",
+    run("compare", "--policy_adapter", trained, "--path", assistant_first,
         "--max_completion_length", 6, "--temperature", 1, "--output_dir", tmp_path, "--run_name", "c")  # fmt: skip
     (sheet,) = (tmp_path / "c").glob("*.xlsx")
     with pytest.raises(InputError, match="human_eval"):
@@ -128,8 +128,12 @@ def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_f
     for row in range(2, book.worksheets[0].max_row + 1):
         book.worksheets[0].cell(row, 4, row % 2)
     book.save(tmp_path / "judged.xlsx")
-    run("train_reward", "--reward_model_name_or_path", bert_folder, "--path", tmp_path / "judged.xlsx", "--report_to",
-        "none", "--num_train_epochs", 1, "--output_dir", tmp_path, "--run_name", "r2")  # fmt: skip
+    again = ["--reward_model_name_or_path", bert_folder, "--path", tmp_path / "judged.xlsx", "--report_to", "none",
+             "--num_train_epochs", 1, "--output_dir", tmp_path, "--run_name", "r2"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        run("train_reward", *again)
+    assert "all 8 conversations are held out by test_size 0.2 and split_seed 42" in capsys.readouterr().err
+    run("train_reward", *again, "--split_seed", 1, "--test_size", 0.4)
     assert (tmp_path / "r2" / "adapter_model.safetensors").is_file()
 
 
@@ -209,3 +213,25 @@ def test_push_uploads_the_adapter_and_its_card_last(gemma_folder, tmp_path, monk
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "h2s.json"} <= set(first)
     assert not any(p.endswith((".bin", ".pt", ".pth", ".pkl")) or "*" in p for p in first)
     assert "secret" not in "".join(f.read_text() for f in (tmp_path / "p").glob("*.*") if f.suffix in (".yaml", ".log"))
+
+
+@pytest.mark.parametrize(
+    ("run_split", "flags", "words"),
+    [
+        ("dataset: {path: x}", [], "The contexts are the test part by test_size 0.2 and split_seed 42.\n"),
+        ("dataset: {path: x, test_size: 0.3}", ["--test_size", 0.3], "by test_size 0.3 and split_seed 42.\n"),
+        ("dataset: {path: x, test_size: 0.3}", [], "The prefix was trained by test_size 0.3 and split_seed 42: some"),
+        ("dataset: {path: x}", ["--split_seed", 1], "The prefix was trained by test_size 0.2 and split_seed 42: some"),
+        ("dataset: {}", ["--split_seed", 1], "by test_size 0.2 and split_seed 1.\n"),  # converted, not trained
+        (None, ["--split_seed", 1], "by test_size 0.2 and split_seed 1.\n"),
+        ("dataset: {path: x}", ["--split", "all"], "all of the file: some may have trained the prefix.\n"),
+    ],
+)
+def test_compare_says_what_it_compares(policy_adapter, assistant_first, tmp_path, run_split, flags, words):
+    adapter = shutil.copytree(policy_adapter, tmp_path / "trained")
+    (adapter / "recipe.yaml").unlink(missing_ok=True)
+    if run_split:
+        (adapter / "recipe.yaml").write_text(run_split, encoding="utf-8")
+    run("compare", "--policy_adapter", adapter, "--path", assistant_first, *flags, "--max_completion_length", 2,
+        "--output_dir", tmp_path, "--run_name", "c")  # fmt: skip
+    assert words in (tmp_path / "c" / "README.md").read_text(encoding="utf-8")

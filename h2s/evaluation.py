@@ -82,16 +82,9 @@ def answer_both(
 
 
 def add_scores(table: pd.DataFrame, name: str, reward: RewardFunction) -> None:
-    """Add `soft_{name}` and `hard_{name}`, the reward of both replies, in place.
-
-    Raises:
-        RunError: one is not finite; it would count as a loss.
-    """
+    """Add `soft_{name}` and `hard_{name}`, the reward of both replies, in place."""
     for side in ("soft", "hard"):
-        scores = score_replies(reward, table["prompt"].tolist(), table[side].tolist())
-        if not np.isfinite(scores).all():
-            raise RunError(f"the {name} of a reply is not finite: {scores}")
-        table[f"{side}_{name}"] = scores
+        table[f"{side}_{name}"] = score_replies(reward, table["prompt"].tolist(), table[side].tolist())
 
 
 def summarise(table: pd.DataFrame, name: str = "reward") -> dict[str, float]:
@@ -124,12 +117,18 @@ def _longer(table: pd.DataFrame) -> pd.Series:
 
 
 def report(table: pd.DataFrame, names: Sequence[str]) -> str:
-    """The paired comparison as Markdown, for people; a gain that is length is called so."""
+    """The paired comparison as Markdown, for people; a gain that is length is called so.
+
+    Raises:
+        RunError: a score is not finite; it would count as neither won nor lost.
+    """
     lines = ["| | soft | hard | soft minus hard (95% interval) |", "|---|---|---|---|"]
     conversations = table["conversation"]
     notes = []
     for name in names:
         soft, hard = table[f"soft_{name}"], table[f"hard_{name}"]
+        if not np.isfinite([soft, hard]).all():
+            raise RunError(f"the {name} of a reply is not finite: soft {soft.tolist()}, hard {hard.tolist()}")
         lines.append(_line(name, soft, hard, conversations))
         left, low, high, slope = adjusted_interval(soft - hard, _longer(table), conversations)
         lines.append(f"| {name}, at equal length | | | {left:+.3f} [{low:+.3f}, {high:+.3f}], {slope:+.3f} a token |")

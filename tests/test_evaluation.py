@@ -131,9 +131,10 @@ def test_add_scores(table):
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_score_that_is_no_number_ends_the_run(table, broken):
-    """It would pass for a loss."""
+    """It would pass for a loss or a tie."""
+    add_scores(table, "judge", lambda prompts, completions: [1.0, broken, 2.0, 3.0])
     with pytest.raises(RunError, match="the judge of a reply is not finite"):
-        add_scores(table, "judge", lambda prompts, completions: [1.0, broken, 2.0, 3.0])
+        report(table, ["reward", "judge"])
 
 
 @pytest.mark.parametrize("names", [["reward"], ["reward", "judge"]])

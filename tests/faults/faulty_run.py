@@ -100,7 +100,7 @@ FAULTS: dict[str, tuple] = {
     "sigterm": (PPO, "_apply", signals(signal.SIGTERM)),
     "sigterm_passed_on": (PPO, "_apply", signals(signal.SIGTERM, signal.SIGTERM)),
     "sigterm_twice": (PPO, "_apply", signals(signal.SIGTERM, signal.SIGTERM, seconds=0.5)),
-    "sigterm_report": (h2s.evaluation, "sign_test", signals(signal.SIGTERM)),
+    "sigterm_report": (h2s.evaluation, "sign_test_text", signals(signal.SIGTERM)),
     "sigterm_pairs": (Reward, "training_step", signals(signal.SIGTERM)),
 }
 

@@ -19,6 +19,8 @@ FLAGS: dict[str, dict[str, object]] = {
         "reward_function": "rewards_of_tests.length",
         "max_completion_length": 3,
         "per_device_train_batch_size": 8,
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 1,
         "max_steps": 4,
         "eval_steps": 1,
         "save_steps": 2,

@@ -164,11 +164,16 @@ def _records(items: Any) -> list[dict]:
     return items
 
 
+def first_row(path: str) -> int:
+    """The number that a file's first row of cells has where people see it: a sheet's header is row 1."""
+    return 2 if path.lower().endswith((".xlsx", ".csv")) else 1
+
+
 def load_contexts(path: str) -> Dataset:
     """Read the policy's contexts: JSON (csv, jsonl, parquet, Hub) items with a `context`.
 
     Returns:
-        A data set with columns `prompt` (messages), `conversation` (id) and `row` (1 is the first item).
+        A data set with columns `prompt` (messages), `conversation` (id) and `row` (its number in the file).
 
     Raises:
         InputError: the file or a row of it cannot be used; the row is named.
@@ -177,7 +182,7 @@ def load_contexts(path: str) -> Dataset:
     if "context" not in table.columns:
         raise InputError(f"{path}: no column 'context'; found {', '.join(map(str, table.columns)) or 'none'}")
     rows = []
-    for number, cell in enumerate(table["context"], start=1):
+    for number, cell in enumerate(table["context"], start=first_row(path)):
         try:
             messages = parse_messages(plain(cell))
         except InputError as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from h2s.contexts import check_unicode, conversation_id, parse_messages, plain, read_table
+from h2s.contexts import check_unicode, conversation_id, first_row, parse_messages, plain, read_table
 from h2s.errors import InputError
 
 COLUMNS = ("context_messages", "policy_response", "reference_response", "human_eval")
@@ -55,11 +55,10 @@ def load_preferences(path: str, need_direction: bool = True) -> Preferences:
     if missing:
         found = ", ".join(map(str, table.columns)) or "none"
         raise InputError(f"{path}: missing column {', '.join(missing)}; found {found}")
-    first_row = 2 if path.lower().endswith((".xlsx", ".csv")) else 1
     counts: Counter[int] = Counter()
     pairs = []
     records = table.loc[:, list(COLUMNS)].itertuples(index=False, name=None)
-    for number, (context, policy, reference, label) in enumerate(records, start=first_row):
+    for number, (context, policy, reference, label) in enumerate(records, start=first_row(path)):
         try:
             value = _label(plain(label))
             prompt = _in_column("context_messages", parse_messages, plain(context))

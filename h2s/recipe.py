@@ -124,6 +124,19 @@ def recorded(path: Path, section: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def other_split(path: Path, dataset: Any) -> str | None:
+    """What a run that goes on shares out otherwise than it began, by the recipe that it wrote; None if nothing."""
+    if not path.is_file():
+        return None
+    began = recorded(path, "dataset")
+    for f in dataclasses.fields(dataset):
+        was, now = began.get(f.name, f.default), getattr(dataset, f.name)
+        if f.name != "path" and was != now:  # a file may have been moved
+            began_with = f"{path.parent} began with {f.name} {was}, this run has {now}"
+            return f"{began_with}: go on with the former, or choose another run_name"
+    return None
+
+
 def _read_settings(path: Path, classes: dict[str, type]) -> dict[str, Any]:
     """The YAML as one flat mapping, each key checked to stand in its section and to be of its field's type."""
     content = _read_yaml(path)
@@ -216,7 +229,9 @@ def write_recipe(path: Path, model: Any, dataset: Any, task: Any) -> None:
                 if _plain(value):
                     chosen[f.name] = value
         content[section] = chosen
-    path.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    written = path.with_suffix(".unfinished")  # a run that goes on reads it: it is whole or not there
+    written.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    written.replace(path)
 
 
 def _plain(value: Any) -> bool:

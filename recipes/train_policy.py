@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     #########
     # Model #
     #########
-    folder = claim(args.output_dir, args.run_name, args.resume_from_checkpoint)
+    folder = claim(args.output_dir, args.run_name, args.resume_from_checkpoint, data_args)
     start_log(folder)
     if args.should_save:
         write_recipe(folder / "recipe.yaml", model_args, data_args, args)

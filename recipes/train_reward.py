@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, config = load_tokenizer(source), load_config(source)
     check_encoder(config, tokenizer, name)
     max_tokens = max_text_tokens(config, model_args.num_virtual_tokens, model_args.max_tokens)
-    folder = claim(args.output_dir, args.run_name, args.resume_from_checkpoint)
+    folder = claim(args.output_dir, args.run_name, args.resume_from_checkpoint, data_args)
     start_log(folder)
     if args.should_save:
         write_recipe(folder / "recipe.yaml", model_args, data_args, args)

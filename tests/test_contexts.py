@@ -211,6 +211,15 @@ def test_errors_name_file_and_row(tmp_path, items, words):
         load_contexts(contexts_json(tmp_path, items))
 
 
+@pytest.mark.parametrize(("suffix", "row"), [("csv", 3), ("xlsx", 3), ("parquet", 2)])
+def test_a_sheet_is_counted_with_its_header(tmp_path, suffix, row):
+    file = tmp_path / f"contexts.{suffix}"
+    table = pd.DataFrame({"context": ["hi", "[1"]})
+    {"csv": table.to_csv, "xlsx": table.to_excel, "parquet": table.to_parquet}[suffix](file, index=False)
+    with pytest.raises(InputError, match=f"row {row}, context: .*neither JSON"):
+        load_contexts(str(file))
+
+
 def test_table_with_a_header_alone(tmp_path):
     (tmp_path / "contexts.csv").write_text("context\n", encoding="utf-8")
     with pytest.raises(InputError, match="no contexts in it"):

@@ -12,9 +12,11 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 import h2s.checkpoints
+from h2s.arguments import RewardDatasetArguments, RewardModelArguments, RunArguments
 from h2s.callbacks import LogBeforeSaving
 from h2s.checkpoints import WholeCheckpoints, checkpoint_to_resume
 from h2s.errors import InputError, RunError
+from h2s.recipe import write_recipe
 from h2s.run_folder import claim, logger
 
 
@@ -69,6 +71,29 @@ def test_a_folder_that_exists_is_not_written_over(tmp_path):
         claim(str(tmp_path), "run")
     assert claim(str(tmp_path), "run", resume=True) == tmp_path / "run"
     assert (tmp_path / "run" / "train.log").read_text(encoding="utf-8") == "hours of work"
+
+
+@pytest.mark.parametrize(
+    ("key", "began", "now"),
+    [("split_seed", 7, 42), ("test_size", 0.2, 0.3), ("folds", 5, 4), ("judge_share", None, 0.5)],
+)
+def test_a_run_goes_on_with_the_split_that_it_began_with(tmp_path, key, began, now):
+    first = RewardDatasetArguments(path="sheet.xlsx", **{key: began})
+    claim(str(tmp_path), "run", True, first)  # it writes its recipe next
+    claim(str(tmp_path), "run", True, first)  # killed before it did
+    write_recipe(tmp_path / "run" / "recipe.yaml", RewardModelArguments(), first, RunArguments())
+    claim(str(tmp_path), "run", True, RewardDatasetArguments(path="moved/sheet.xlsx", **{key: began}))
+    with pytest.raises(InputError, match=f"run began with {key} {began}, this run has {now}: go on with"):
+        claim(str(tmp_path), "run", True, RewardDatasetArguments(path="sheet.xlsx", **{key: now}))
+
+
+@pytest.mark.parametrize("recipe", ["train_policy", "train_reward"])
+def test_going_on_with_another_split_is_refused(refused, tmp_path, recipe):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.yaml").write_text("dataset: {split_seed: 9}", encoding="utf-8")
+    task = {"output_dir": str(tmp_path), "run_name": "begun", "resume_from_checkpoint": True}
+    assert "began with split_seed 9, this run has" in refused(recipe, task=task)
+    assert [f.name for f in (tmp_path / "begun").iterdir()] == ["recipe.yaml"]
 
 
 def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path):

@@ -40,7 +40,9 @@ class PrefixTuningPolicyModel:
         read_adapter_config(folder, TaskType.CAUSAL_LM)
         prefix = ChatPrefix.load(folder)
         tokenizer = load_tokenizer(folder)
-        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype))
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            folder, dtype=resolve_dtype(dtype), use_safetensors=True, trust_remote_code=False
+        )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(device).eval(), tokenizer, prefix)
 

@@ -271,7 +271,7 @@ def read_adapter_config(folder: str | Path, task_type: TaskType) -> PeftConfig:
     if config.peft_type != PeftType.PREFIX_TUNING or config.task_type != task_type:
         raise InputError(f"{expected}: it is a {config.peft_type} adapter for {config.task_type}")
     found = tensor_shapes(Path(folder) / "adapter_model.safetensors").get("prompt_embeddings")
-    base = config.base_model_name_or_path
+    base = model_source(config.base_model_name_or_path)
     layers, width = prefix_sizes(load_config(base, config.revision))
     fits = (config.num_virtual_tokens, 2 * layers * width)
     if (config.num_layers, config.token_dim) != (layers, width) or found != fits:

@@ -251,7 +251,9 @@ class RewardModel:
         config = read_adapter_config(folder, TaskType.SEQ_CLS)
         tokenizer = load_tokenizer(folder)
         with _head_not_in_checkpoint():
-            model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+            model = AutoPeftModelForSequenceClassification.from_pretrained(
+                folder, num_labels=1, use_safetensors=True, trust_remote_code=False
+            )
         file = Path(folder) / H2S_FILE
         limit = json.loads(file.read_text(encoding="utf-8")).get("max_tokens") if file.is_file() else None
         max_tokens = max_text_tokens(load_config(config.base_model_name_or_path), config.num_virtual_tokens, limit)

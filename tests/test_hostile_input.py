@@ -422,6 +422,11 @@ def with_file(name, content) -> object:
     return build
 
 
+def base_of_only_a_pickle(p: Place, of: str) -> Path:
+    base = only_a_pickle(p, "gemma" if of == "policy" else "bert")
+    return p.copy(of, adapter_config={"base_model_name_or_path": str(base)})
+
+
 def base_with_code(p: Place, of: str) -> Path:
     return p.copy(of, adapter_config={"base_model_name_or_path": str(model_with_code(p, "gemma"))})
 
@@ -433,11 +438,12 @@ ADAPTERS = {
     ),
     "other width": (of_another_base(head_dim=16, hidden_size=64), "does not fit its base model", "of shape"),
     "base of another kind": (lambda p, of: of_base(str(p.bert if of == "policy" else p.gemma))(p, of), "does not fit"),
-    "base that is gone": (of_base("/nowhere/model"), "no model configuration can be loaded from /nowhere/model"),
+    "base that is gone": (of_base("/nowhere/model"), "/nowhere/model is not a model folder"),
     "base on the Hub without network": (
         of_base("nobody/none"),
         "no model configuration can be loaded from nobody/none",
     ),
+    "base of only a pickle": (base_of_only_a_pickle, "expected weights in safetensors", "no pickle is read"),
     "base with code": (base_with_code, "no model configuration can be loaded"),
     "truncated": (damage(lambda data: data[:-100]), "is not a whole safetensors file", "copy it again"),
     "zero bytes": (damage(lambda data: b""), "is not a whole safetensors file"),

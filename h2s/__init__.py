@@ -4,6 +4,6 @@ A hand-written system prompt becomes a soft prefix that starts out exactly equal
 moves only that prefix toward what people preferred (a BERT reward model, single-step PPO).
 """
 
-from h2s.policy_model import PrefixTuningPolicyModel
+from h2s.prefix.policy_model import PrefixTuningPolicyModel
 
 __all__ = ["PrefixTuningPolicyModel"]

@@ -1,6 +1,11 @@
 """What can go wrong in ways that a person is told in one line."""
 
 
+def in_short(error: BaseException) -> str:
+    """An error's message in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class InputError(ValueError):
     """What the user gave cannot be used. The message says what was expected, what came, and the remedy."""
 

@@ -9,24 +9,34 @@ from pathlib import Path
 from peft import TaskType
 
 from h2s import PrefixTuningPolicyModel
-from h2s.arguments import (
+from h2s.data.datasets import load_contexts
+from h2s.data.splits import split_by_conversation
+from h2s.hub import adapter_folder
+from h2s.models import load_config, load_tokenizer, room_for_text
+from h2s.prefix.adapter import add_hard_prompt, read_adapter_config
+from h2s.prefix.chat_template import ChatPrefix, encode_prompts
+from h2s.prefix.generation import Sampling
+from h2s.report.blinded_sheet import KEY, SHEET, check_fits_cells, people_verdict, write_blinded_sheet
+from h2s.report.soft_vs_hard import (
+    DIFFERENCES_PICTURE,
+    add_scores,
+    answer_both,
+    best_of_n_report,
+    draw_hard,
+    picture,
+    report,
+)
+from h2s.reward.functions import score_replies
+from h2s.reward.model import RewardModel, scorer_adapters
+from h2s.run.arguments import (
     CompareArguments,
     CompareDatasetArguments,
     CompareModelArguments,
     DatasetArguments,
-    need,
+    require_setting,
 )
-from h2s.blinded_sheet import KEY, SHEET, check_fits_cells, people_verdict, write_blinded_sheet
-from h2s.chat_prefix import ChatPrefix, encode_prompts
-from h2s.contexts import load_contexts, split_by_conversation
-from h2s.evaluation import PICTURE, add_scores, answer_both, best_of_n_report, draw_hard, picture, report
-from h2s.exits import reports_errors
-from h2s.prefix import adapter_folder, add_hard_prompt, load_config, load_tokenizer, read_adapter_config, room_for_text
-from h2s.recipe import parse_recipe, recorded, write_recipe
-from h2s.reward_model import RewardModel, scorer_adapters
-from h2s.rewards import score_replies
-from h2s.rollout import Sampling
-from h2s.run_folder import claim, logger, start_log
+from h2s.run.folder import create_run_folder, logger, reports_errors, start_log
+from h2s.run.recipe import parse_recipe, read_saved_section, write_recipe
 
 
 def which_contexts(chosen: CompareDatasetArguments, adapter: str) -> str:
@@ -34,7 +44,7 @@ def which_contexts(chosen: CompareDatasetArguments, adapter: str) -> str:
     if chosen.split == "all":
         return "The contexts are all of the file: some may have trained the prefix."
     text = f"The contexts are the test part by test_size {chosen.test_size} and split_seed {chosen.split_seed}."
-    trained = recorded(Path(adapter) / "recipe.yaml", "dataset")
+    trained = read_saved_section(Path(adapter) / "recipe.yaml", "dataset")
     size = trained.get("test_size", DatasetArguments.test_size)
     seed = trained.get("split_seed", DatasetArguments.split_seed)
     if "path" in trained and (size, seed) != (chosen.test_size, chosen.split_seed):
@@ -52,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     ########
     # Data #
     ########
-    contexts = load_contexts(need(data_args.path, "path", "dataset"))
-    adapter = adapter_folder(need(model_args.policy_adapter, "policy_adapter", "model"))
+    contexts = load_contexts(require_setting(data_args.path, "path", "dataset"))
+    adapter = adapter_folder(require_setting(model_args.policy_adapter, "policy_adapter", "model"))
     config = read_adapter_config(adapter, TaskType.CAUSAL_LM)
     prefix, tokenizer = ChatPrefix.load(adapter), load_tokenizer(adapter)
     room = room_for_text(load_config(config.base_model_name_or_path, config.revision), config.num_virtual_tokens)
@@ -68,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     ###########
     # Compare #
     ###########
-    folder = claim(args.output_dir, args.run_name)
+    folder = create_run_folder(args.output_dir, args.run_name)
     start_log(folder)
     write_recipe(folder / "recipe.yaml", model_args, data_args, args)
     policy = PrefixTuningPolicyModel.from_pretrained(adapter)
@@ -91,8 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         text += f"\n\n{best_of_n_report(table, draws, names)}"
     logger.info("soft against hard, temperature %g:\n%s", args.temperature, text)
     if rewards:
-        picture(table, names, folder / PICTURE)
-        text += f"\n\n![]({PICTURE})"
+        picture(table, names, folder / DIFFERENCES_PICTURE)
+        text += f"\n\n![]({DIFFERENCES_PICTURE})"
     (folder / "README.md").write_text(f"# Soft against hard\n\n{text}\n", encoding="utf-8")
     table.to_parquet(folder / "replies.parquet")
     write_blinded_sheet(table, folder, args.seed)

@@ -9,29 +9,14 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from h2s.arguments import (
-    ConvertArguments,
-    HardPromptArguments,
-    NoArguments,
-    need,
-    read_hard_prompt,
-)
-from h2s.chat_prefix import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
 from h2s.errors import InputError
-from h2s.exits import reports_errors
-from h2s.model_card import push, write_card
-from h2s.prefix import (
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    model_source,
-    prefix_from_hard_prompt,
-    resolve_dtype,
-    room_for_text,
-    save_adapter,
-)
-from h2s.recipe import parse_recipe, write_recipe
-from h2s.run_folder import claim, logger, start_log
+from h2s.hub import push_adapter, write_card
+from h2s.models import load_base_model, load_config, load_tokenizer, model_source, resolve_dtype, room_for_text
+from h2s.prefix.adapter import prefix_from_hard_prompt, save_adapter
+from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
+from h2s.run.arguments import ConvertArguments, HardPromptArguments, NoArguments, read_hard_prompt, require_setting
+from h2s.run.folder import create_run_folder, logger, reports_errors, start_log
+from h2s.run.recipe import parse_recipe, write_recipe
 
 # The largest difference of a logit, relative to the largest logit, that float32 rounding explains.
 TOLERANCE = 1e-4
@@ -66,14 +51,14 @@ def main(argv: list[str] | None = None) -> None:
     # Model #
     #########
     prompt = read_hard_prompt(model_args)
-    source = model_source(need(model_args.model_name_or_path, "model_name_or_path", "model"))
+    source = model_source(require_setting(model_args.model_name_or_path, "model_name_or_path", "model"))
     tokenizer = load_tokenizer(source, model_args.model_revision)
     prefix = chat_prefix(tokenizer, prompt, model_args.opening_user_message)
     prefix_ids = prefix.token_ids
     room = room_for_text(load_config(source, model_args.model_revision), len(prefix_ids))
     if room < 1:
         raise InputError(f"the hard prompt is {len(prefix_ids)} tokens long and leaves the model no room for a reply")
-    folder = claim(args.output_dir, args.run_name)
+    folder = create_run_folder(args.output_dir, args.run_name)
     start_log(folder)
     write_recipe(folder / "recipe.yaml", model_args, data_args, args)
 
@@ -108,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     write_card(folder, "A hard prompt as a soft prefix", source, body)
     logger.info("saved to %s in %.0f s", folder, time.time() - started)
     if args.push_to_hub:
-        logger.info("pushed to %s", push(folder, args.hub_model_id, args.hub_private_repo, args.hub_token))
+        logger.info("pushed to %s", push_adapter(folder, args.hub_model_id, args.hub_private_repo, args.hub_token))
 
 
 if __name__ == "__main__":

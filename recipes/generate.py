@@ -7,14 +7,16 @@ python recipes/generate.py --policy_adapter outputs/policy
 from peft import TaskType
 
 from h2s import PrefixTuningPolicyModel
-from h2s.arguments import AdapterArguments, ConversationArguments, GenerateArguments, need
-from h2s.chat_prefix import ChatPrefix, encode_prompts
-from h2s.contexts import parse_messages
+from h2s.data.messages import parse_messages
 from h2s.errors import InputError
-from h2s.exits import reports_errors
-from h2s.prefix import adapter_folder, load_config, load_tokenizer, read_adapter_config, room_for_text
-from h2s.recipe import parse_recipe
-from h2s.rollout import Sampling
+from h2s.hub import adapter_folder
+from h2s.models import load_config, load_tokenizer, room_for_text
+from h2s.prefix.adapter import read_adapter_config
+from h2s.prefix.chat_template import ChatPrefix, encode_prompts
+from h2s.prefix.generation import Sampling
+from h2s.run.arguments import AdapterArguments, ConversationArguments, GenerateArguments, require_setting
+from h2s.run.folder import reports_errors
+from h2s.run.recipe import parse_recipe
 
 
 def chat(policy: PrefixTuningPolicyModel, sampling: Sampling) -> None:
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(AdapterArguments, ConversationArguments, GenerateArguments, argv)
     conversation = None if data_args.conversation is None else parse_messages(data_args.conversation)
     sampling = Sampling(args.max_completion_length, args.temperature, args.top_k, args.top_p)
-    adapter = adapter_folder(need(model_args.policy_adapter, "policy_adapter", "model"))
+    adapter = adapter_folder(require_setting(model_args.policy_adapter, "policy_adapter", "model"))
     config = read_adapter_config(adapter, TaskType.CAUSAL_LM)
     if conversation is not None:  # what cannot be answered is told before a model loads
         room = room_for_text(load_config(config.base_model_name_or_path, config.revision), config.num_virtual_tokens)

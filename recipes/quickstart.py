@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from h2s.embedded import resolve
-from h2s.exits import reports_errors
+from h2s.models import resolve_embedded
+from h2s.run.folder import reports_errors
 
 HERE = Path(__file__).parent
 OUTPUTS = Path("outputs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
@@ -36,7 +36,7 @@ STAGES = {
 def main() -> None:
     started = time.time()
     for name in ("embedded:gemma-3-270m", "embedded:minilm"):
-        resolve(name)
+        resolve_embedded(name)
     took = {"models": time.time() - started}
     for number, (stage, (script, what, flags)) in enumerate(STAGES.items(), start=1):
         print(f"\n=== {number} of {len(STAGES)}: {what} ({script}) ===", flush=True)

@@ -7,42 +7,38 @@
 from peft import TaskType
 from transformers import set_seed
 
-from h2s.arguments import DatasetArguments, PolicyModelArguments, need, read_hard_prompt
-from h2s.callbacks import ReadableLog
-from h2s.chat_prefix import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
-from h2s.checkpoints import checkpoint_to_resume
-from h2s.contexts import load_contexts, split_by_conversation
+from h2s.data.datasets import load_contexts
+from h2s.data.splits import split_by_conversation
 from h2s.errors import InputError
-from h2s.evaluation import PICTURE, add_scores, answer_both, picture, report
-from h2s.exits import reports_errors
-from h2s.model_card import push, write_card
-from h2s.ppo_config import SingleStepPPOConfig
-from h2s.ppo_trainer import SingleStepPPOTrainer, check_metric
-from h2s.prefix import (
-    adapter_folder,
-    add_hard_prompt,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    load_weights,
-    model_source,
-    prefix_from_hard_prompt,
-    read_adapter_config,
-    room_for_text,
+from h2s.hub import adapter_folder, push_adapter, write_card
+from h2s.models import load_base_model, load_config, load_tokenizer, model_source, room_for_text
+from h2s.ppo.config import SingleStepPPOConfig
+from h2s.ppo.policy import PolicyWithValueHead
+from h2s.ppo.trainer import SingleStepPPOTrainer, check_metric
+from h2s.prefix.adapter import add_hard_prompt, load_weights, prefix_from_hard_prompt, read_adapter_config
+from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
+from h2s.report.soft_vs_hard import (
+    DIFFERENCES_PICTURE,
+    WHAT_CHANGED,
+    add_scores,
+    answer_both,
+    picture,
+    report,
+    what_changed,
 )
-from h2s.recipe import parse_recipe, write_recipe
-from h2s.reward_model import RewardModel, scorer_adapters
-from h2s.rewards import RewardFunction, load_reward_function
-from h2s.run_folder import claim, logger, start_log
-from h2s.value_head import PolicyWithValueHead
-from h2s.what_changed import WHAT_CHANGED, what_changed
+from h2s.reward.functions import RewardFunction, load_reward_function
+from h2s.reward.model import RewardModel, scorer_adapters
+from h2s.run.arguments import DatasetArguments, PolicyModelArguments, read_hard_prompt, require_setting
+from h2s.run.checkpoints import ReadableLog, checkpoint_to_resume
+from h2s.run.folder import create_run_folder, logger, reports_errors, start_log
+from h2s.run.recipe import parse_recipe, write_recipe
 
 
 def find_prefix(arguments: PolicyModelArguments):
     """Base model, revision, its tokenizer with the wrapped template, and the prefix: from a prompt or an adapter."""
     if arguments.prefix_adapter is None:
         prompt = read_hard_prompt(arguments)
-        source = model_source(need(arguments.model_name_or_path, "model_name_or_path", "model"))
+        source = model_source(require_setting(arguments.model_name_or_path, "model_name_or_path", "model"))
         tokenizer = load_tokenizer(source, arguments.model_revision)
         prefix = chat_prefix(tokenizer, prompt, arguments.opening_user_message)
         wrap_chat_template(tokenizer, prefix)
@@ -62,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     ########
     # Data #
     ########
-    contexts = load_contexts(need(data_args.path, "path", "dataset"))
+    contexts = load_contexts(require_setting(data_args.path, "path", "dataset"))
     source, revision, tokenizer, prefix = find_prefix(model_args)
     if (model_args.reward_adapter is None) == (model_args.reward_function is None):
         given = "none" if model_args.reward_adapter is None else "both"
@@ -81,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     #########
     # Model #
     #########
-    folder = claim(args.output_dir, args.run_name, args.resume_from_checkpoint, data_args)
+    folder = create_run_folder(args.output_dir, args.run_name, args.resume_from_checkpoint, data_args)
     start_log(folder)
     if args.should_save:
         write_recipe(folder / "recipe.yaml", model_args, data_args, args)
@@ -127,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, scorer in trainer.judges.items():
         add_scores(table, name, scorer)
     measured = report(table, list(trainer.judges))
-    picture(table, list(trainer.judges), folder / PICTURE)
+    picture(table, list(trainer.judges), folder / DIFFERENCES_PICTURE)
     (folder / WHAT_CHANGED).write_text(what_changed(table, model, list(trainer.judges)), encoding="utf-8")
     logger.info("soft against hard on contexts that nothing was chosen by:\n%s", measured)
     logger.info("(the reward is the one that was trained on: it shows movement, not what people like)")
@@ -142,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("best adapter saved to %s", folder)
     if push_to_hub:
         logger.info(
-            "pushed to %s", push(folder, args.hub_model_id, args.hub_private_repo, args.hub_token, args.hub_revision)
+            "pushed to %s",
+            push_adapter(folder, args.hub_model_id, args.hub_private_repo, args.hub_token, args.hub_revision),
         )
 
 

@@ -9,15 +9,11 @@ import time
 
 import pandas as pd
 
-from h2s.arguments import RewardDatasetArguments, RewardModelArguments, need
-from h2s.contexts import folds_by_conversation, share_with_judge, split_by_conversation
-from h2s.exits import reports_errors
-from h2s.model_card import push, write_card
-from h2s.preferences import load_preferences
-from h2s.prefix import load_config, load_tokenizer, model_source
-from h2s.recipe import parse_recipe, write_recipe
-from h2s.reward_model import RewardModel, RewardModelConfig, check_encoder, max_text_tokens
-from h2s.reward_report import (
+from h2s.data.datasets import load_preferences
+from h2s.data.splits import folds_by_conversation, share_with_judge, split_by_conversation
+from h2s.hub import push_adapter, write_card
+from h2s.models import load_config, load_tokenizer, model_source
+from h2s.report.accuracy import (
     PAIRS,
     FrozenFeatures,
     accuracy_line,
@@ -26,8 +22,12 @@ from h2s.reward_report import (
     sheet_report,
     write_report,
 )
-from h2s.reward_training import train_reward_model
-from h2s.run_folder import claim, logger, start_log
+from h2s.reward.config import RewardModelConfig
+from h2s.reward.model import RewardModel, check_encoder, max_text_tokens
+from h2s.reward.trainer import train_reward_model
+from h2s.run.arguments import RewardDatasetArguments, RewardModelArguments, require_setting
+from h2s.run.folder import create_run_folder, logger, reports_errors, start_log
+from h2s.run.recipe import parse_recipe, write_recipe
 
 
 @reports_errors
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     ########
     # Data #
     ########
-    preferences = load_preferences(need(data_args.path, "path", "dataset"))
+    preferences = load_preferences(require_setting(data_args.path, "path", "dataset"))
     parts = split_by_conversation(preferences.dataset, data_args.split_seed, data_args.test_size)
     trained = {"reward": parts}
     if data_args.judge_share is not None:
@@ -51,12 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     #########
     # Model #
     #########
-    name = need(model_args.reward_model_name_or_path, "reward_model_name_or_path", "model")
+    name = require_setting(model_args.reward_model_name_or_path, "reward_model_name_or_path", "model")
     source = model_source(name)
     tokenizer, config = load_tokenizer(source), load_config(source)
     check_encoder(config, tokenizer, name)
     max_tokens = max_text_tokens(config, model_args.num_virtual_tokens, model_args.max_tokens)
-    folder = claim(args.output_dir, args.run_name, args.resume_from_checkpoint, data_args)
+    folder = create_run_folder(args.output_dir, args.run_name, args.resume_from_checkpoint, data_args)
     start_log(folder)
     if args.should_save:
         write_recipe(folder / "recipe.yaml", model_args, data_args, args)
@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("saved to %s", where)
     if push_to_hub and args.should_save:
         logger.info(
-            "pushed to %s", push(folder, args.hub_model_id, args.hub_private_repo, args.hub_token, args.hub_revision)
+            "pushed to %s",
+            push_adapter(folder, args.hub_model_id, args.hub_private_repo, args.hub_token, args.hub_revision),
         )
 
 

@@ -1,7 +1,6 @@
-"""Tiny random models with the shapes that matter: Gemma 3's sliding and full layers, a BERT, chat templates, data."""
+"""What the tests share: tiny models as folders, adapters, data, and the recipes on them."""
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 
@@ -15,127 +14,15 @@ import pytest
 import torch
 import transformers
 import yaml
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from tokenizers import decoders as token_decoders
+from tiny import COLUMNS, HARD_PROMPT, RECIPES, ROOT, WORDS, ModelLoads, sample_context, save_bert, save_gemma
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
-    BertTokenizerFast,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    PreTrainedTokenizerFast,
 )
 
-from h2s.chat_prefix import chat_prefix, encode_prompts, wrap_chat_template
-from h2s.prefix import add_hard_prompt, load_base_model, load_tokenizer, prefix_from_hard_prompt, save_adapter
-from h2s.reward_model import RewardModel, build_reward_model
-
-ROOT = Path(__file__).parents[1]
-CORPUS = [
-    "You are a kind helper. Ask one short question.\n\nI went for a walk today. How was it?\n",
-    "start User: Assistant: hello there, what did you do? I like tea and long books.\n\n\n",
-    "你好，今天天氣如何？我覺得還好，不會到很熱。",
-]
-CHAT_TEMPLATE = (
-    "{{- bos_token -}}"
-    "{%- if messages[0]['role'] == 'system' -%}"
-    "{%- set first = messages[0]['content'] + '\n\n' -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}{%- set first = '' -%}{%- set turns = messages -%}{%- endif -%}"
-    "{%- for turn in turns -%}"
-    "{%- if (turn['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
-    "{{- raise_exception('turns alternate') -}}{%- endif -%}"
-    "{{- '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else 'user') + '\n' -}}"
-    "{{- first if loop.first else '' -}}{{- turn['content'] | trim -}}{{- '<end_of_turn>\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}"
-)
-WINDOW = 32
-HARD_PROMPT = "You are a kind helper. Ask one short question."
-COLUMNS = ["context_messages", "policy_response", "reference_response", "human_eval"]
-GOOD_ROW = ["hello", "how was it?", "I see.", 0]
-RECIPES = ("convert_prompt", "train_reward", "train_policy", "generate", "compare")
-WORDS = ["walk", "tea", "book", "rain", "work", "cat", "song", "run", "soup", "trip", "film", "game"]
-
-
-def build_tokenizer(extra: int = 0) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Gemma's special tokens; `extra` added tokens beyond what the model embeds."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = token_decoders.ByteLevel()
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    fast.add_tokens([AddedToken(f"<image_{i}>", special=True) for i in range(extra)])
-    return fast
-
-
-def save_gemma(folder: Path, extra: int = 0, positions: int = 1024) -> Path:
-    tokenizer = build_tokenizer(extra)
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=len(tokenizer) - extra,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        max_position_embeddings=positions,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        initializer_range=0.3,
-    )
-    model = Gemma3ForCausalLM(config)
-    # As Gemma's: sampling that is not told otherwise would keep the likeliest tokens only.
-    model.generation_config.update(do_sample=True, top_k=3, top_p=0.9, eos_token_id=[1, 5], pad_token_id=0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def save_bert(folder: Path) -> Path:
-    characters = sorted(
-        {c for text in CORPUS for c in text if not c.isspace()} | set("abcdefghijklmnopqrstuvwxyz.?!'0123456789")
-    )
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *characters, *(f"##{c}" for c in characters)]
-    core = Tokenizer(models.WordPiece({w: i for i, w in enumerate(dict.fromkeys(vocabulary))}, unk_token="[UNK]"))
-    core.normalizer = normalizers.BertNormalizer(lowercase=True)
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer = BertTokenizerFast(tokenizer_object=core)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=128,
-        num_labels=1,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def sample_context(i: int) -> list[dict[str, str]]:
-    """Conversations of unlike lengths, each beginning in its own way."""
-    first = f"{WORDS[i % len(WORDS)]} number {i}" + " and more" * (i % 4)
-    context = [{"role": "user", "content": first}]
-    if i % 3 == 0:
-        context += [{"role": "assistant", "content": "what did you do?"}, {"role": "user", "content": "I ran."}]
-    return context
+from h2s.models import load_base_model, load_tokenizer
+from h2s.prefix.adapter import add_hard_prompt, prefix_from_hard_prompt, save_adapter
+from h2s.prefix.chat_template import chat_prefix, encode_prompts, wrap_chat_template
+from h2s.reward.model import RewardModel, build_reward_model
 
 
 @pytest.fixture(scope="session")
@@ -208,32 +95,6 @@ def sheet_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("data") / "judgements.xlsx"
     pd.DataFrame(rows, columns=COLUMNS).to_excel(file, index=False)
     return file
-
-
-# The recipes' own `main`, on recipes that are right but for what a test changes
-
-
-class ModelLoads(BaseException):
-    """A model is about to load. (No Exception: a recipe's `main` reports those.)"""
-
-
-def says(line, *words):
-    assert all(w in line for w in words), line
-
-
-def sheet(folder, rows, columns=COLUMNS, name="sheet.xlsx"):
-    pd.DataFrame(rows, columns=columns).to_excel(folder / name, index=False)
-    return {"path": str(folder / name)}
-
-
-def contexts(folder, items):
-    file = folder / "contexts.json"
-    file.write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
-    return {"path": str(file)}
-
-
-def turns(*roles):
-    return [{"role": r, "content": f"{r} says"} for r in roles]
 
 
 @pytest.fixture(scope="session")

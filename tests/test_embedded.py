@@ -9,13 +9,13 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from tiny import ROOT
 
-from h2s.chat_prefix import ChatPrefix, encode_prompts
-from h2s.embedded import resolve
-from h2s.prefix import add_hard_prompt, load_base_model, load_tokenizer, prefix_from_hard_prompt
-from h2s.rollout import Batch, Sampling, generate, stop_token_ids
-from h2s.value_head import PolicyWithValueHead
+from h2s.models import load_base_model, load_tokenizer, resolve_embedded
+from h2s.ppo.policy import PolicyWithValueHead
+from h2s.prefix.adapter import add_hard_prompt, prefix_from_hard_prompt
+from h2s.prefix.chat_template import ChatPrefix, encode_prompts
+from h2s.prefix.generation import Batch, Sampling, generate, stop_token_ids
 
 pytestmark = pytest.mark.embedded
 SENTENCE = "You are a friendly person who likes to ask short questions about what people did today. "
@@ -72,7 +72,7 @@ def test_converted_prompt_is_the_hard_prompt_for_plain_peft(sentences, opening, 
         "--output_dir", tmp_path, "--run_name", "p", *flags)  # fmt: skip
     prefix = ChatPrefix.load(tmp_path / "p")
     conversation = CONTEXTS[0] if opening is None else [{"role": "assistant", "content": "How are you?"}, *CONTEXTS[0]]
-    arguments = [tmp_path / "p", resolve("embedded:gemma-3-270m"), prefix.opening_messages, conversation]
+    arguments = [tmp_path / "p", resolve_embedded("embedded:gemma-3-270m"), prefix.opening_messages, conversation]
     arguments = [json.dumps(a) if isinstance(a, list) else str(a) for a in arguments]
     done = subprocess.run(
         [sys.executable, "-c", PLAIN_PEFT, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
@@ -86,9 +86,9 @@ def test_converted_prompt_is_the_hard_prompt_for_plain_peft(sentences, opening, 
 
 
 def test_first_pass_ratio_is_one_and_replies_end():
-    source = resolve("embedded:gemma-3-270m")
+    source = resolve_embedded("embedded:gemma-3-270m")
     tokenizer = load_tokenizer(source)
-    from h2s.chat_prefix import chat_prefix, wrap_chat_template
+    from h2s.prefix.chat_template import chat_prefix, wrap_chat_template
 
     prefix = chat_prefix(tokenizer, SENTENCE)
     wrap_chat_template(tokenizer, prefix)

@@ -5,21 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HARD_PROMPT, ROOT, sample_context
 from datasets import Dataset
+from tiny import HARD_PROMPT, ROOT, sample_context
 from transformers import set_seed
 
-from h2s import rollout
-from h2s.arguments import CompareModelArguments, PolicyModelArguments
-from h2s.chat_prefix import chat_prefix, encode_prompts, wrap_chat_template
-from h2s.contexts import conversation_id, split_by_conversation
-from h2s.ppo_config import SingleStepPPOConfig
-from h2s.ppo_trainer import SingleStepPPOTrainer
-from h2s.prefix import add_hard_prompt, load_base_model, load_tokenizer, prefix_from_hard_prompt, soft_prefix
-from h2s.reward_model import RewardModel, build_reward_model, encode_pair
-from h2s.rollout import Batch, Sampling, completion_logps, decode, generate
-from h2s.statistics import mean_interval
-from h2s.value_head import PolicyWithValueHead
+from h2s.data.messages import conversation_id
+from h2s.data.splits import split_by_conversation
+from h2s.models import load_base_model, load_tokenizer
+from h2s.ppo.config import SingleStepPPOConfig
+from h2s.ppo.policy import PolicyWithValueHead
+from h2s.ppo.trainer import SingleStepPPOTrainer
+from h2s.prefix.adapter import add_hard_prompt, prefix_from_hard_prompt, soft_prefix
+from h2s.prefix.chat_template import chat_prefix, encode_prompts, wrap_chat_template
+from h2s.prefix.generation import Batch, Sampling, completion_logps, decode, generate, stop_token_ids
+from h2s.report.intervals import mean_interval
+from h2s.reward.model import RewardModel, build_reward_model, encode_pair
+from h2s.run.arguments import CompareModelArguments, PolicyModelArguments
 
 PAD, BATCH = 0, 4
 
@@ -163,7 +164,7 @@ def test_responses_decoded_and_tokenised_again(build, monkeypatch):
     tokenizer = trainer.processing_class
     broken = [200, 130, 3, 5]  # lone bytes, a special token, the end of a turn
     assert tokenizer(decode(tokenizer, broken, [5]), add_special_tokens=False).input_ids != broken[:-1]
-    monkeypatch.setattr("h2s.ppo_trainer.generate", lambda model, prompts, *rest: [broken for _ in prompts])
+    monkeypatch.setattr("h2s.ppo.trainer.generate", lambda model, prompts, *rest: [broken for _ in prompts])
     rollout_ = roll_out(trainer)
     for ids, mask in zip(rollout_.batch.input_ids, rollout_.batch.completion_mask, strict=True):
         assert ids[mask].tolist() == broken
@@ -289,7 +290,7 @@ def test_trainer_asks_for_all_rewards_at_once(build):
 def test_stops_at_any_token_without_a_letter(policy_parts, prompts):
     """Digits, full stops and spaces go on: only stop tokens end a reply."""
     model, tokenizer, _ = policy_parts
-    stops = rollout.stop_token_ids(model, tokenizer)
+    stops = stop_token_ids(model, tokenizer)
     assert stops == [1, 5]
     torch.manual_seed(0)
     completions = generate(model, prompts * 5, Sampling(8), stops, PAD)

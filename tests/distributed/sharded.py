@@ -17,17 +17,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
-from h2s.chat_prefix import chat_prefix, wrap_chat_template
-from h2s.prefix import (
-    add_hard_prompt,
-    load_base_model,
-    load_tokenizer,
-    prefix_from_hard_prompt,
-    save_adapter,
-    soft_prefix,
-)
-from h2s.rollout import Batch
-from h2s.value_head import PolicyWithValueHead
+from h2s.models import load_base_model, load_tokenizer
+from h2s.ppo.policy import PolicyWithValueHead
+from h2s.prefix.adapter import add_hard_prompt, prefix_from_hard_prompt, save_adapter, soft_prefix
+from h2s.prefix.chat_template import chat_prefix, wrap_chat_template
+from h2s.prefix.generation import Batch
 
 
 def main(model_folder: str, out: str) -> None:

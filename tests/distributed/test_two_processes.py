@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
+from tiny import ROOT
 from torch import distributed as dist
 
-from h2s.exits import reports_errors
+from h2s.run.folder import reports_errors
 
 UPDATES = ROOT / "tests" / "distributed" / "updates.py"
 SHARDED = ROOT / "tests" / "distributed" / "sharded.py"

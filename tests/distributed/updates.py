@@ -14,11 +14,12 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import set_seed
 
-from h2s.chat_prefix import chat_prefix, encode_prompts, wrap_chat_template
-from h2s.ppo_config import SingleStepPPOConfig
-from h2s.ppo_trainer import SingleStepPPOTrainer
-from h2s.prefix import add_hard_prompt, load_base_model, load_tokenizer, prefix_from_hard_prompt, soft_prefix
-from h2s.value_head import PolicyWithValueHead
+from h2s.models import load_base_model, load_tokenizer
+from h2s.ppo.config import SingleStepPPOConfig
+from h2s.ppo.policy import PolicyWithValueHead
+from h2s.ppo.trainer import SingleStepPPOTrainer
+from h2s.prefix.adapter import add_hard_prompt, prefix_from_hard_prompt, soft_prefix
+from h2s.prefix.chat_template import chat_prefix, encode_prompts, wrap_chat_template
 
 
 class GivenCompletions(SingleStepPPOTrainer):

@@ -24,12 +24,12 @@ import torch
 from forks import recipe, run
 from killed_run import ending
 
-import h2s.evaluation
-import h2s.exits
-import h2s.ppo_trainer
-import h2s.reward_training
+import h2s.ppo.trainer
+import h2s.report.soft_vs_hard
+import h2s.reward.trainer
+import h2s.run.folder
 
-PPO, Reward = h2s.ppo_trainer.SingleStepPPOTrainer, h2s.reward_training.PrefixRewardTrainer
+PPO, Reward = h2s.ppo.trainer.SingleStepPPOTrainer, h2s.reward.trainer.PrefixRewardTrainer
 
 
 def strike(owner, name: str, effect: Callable, run_folder: Path) -> None:
@@ -83,16 +83,16 @@ def endless_step(plain, trainer, loss, calls=itertools.count(1)):  # noqa: B008 
 
 full_disk = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FAULTS: dict[str, tuple] = {
-    "full_disk_adapter": (h2s.ppo_trainer, "save_adapter", fails(full_disk)),
+    "full_disk_adapter": (h2s.ppo.trainer, "save_adapter", fails(full_disk)),
     # As torch says it on a full disk.
     "full_disk_optimizer": (torch, "save", fails(RuntimeError("PytorchStreamWriter failed writing file data/0"))),
     "full_disk_completions": (PPO, "_write_completions", fails(full_disk)),
     "unwritable": (Path, "rename", fails(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))),
-    "nan_reward": (h2s.ppo_trainer, "score_replies", no_number),
-    "nan_evaluation": (h2s.evaluation, "score_replies", no_number),
-    "reward_raises": (h2s.ppo_trainer, "score_replies", fails(KeyError("score"))),
-    "infinite_loss": (h2s.ppo_trainer, "policy_loss", infinite),
-    "infinite_kl": (h2s.ppo_trainer, "kl_to_reference", infinite),
+    "nan_reward": (h2s.ppo.trainer, "score_replies", no_number),
+    "nan_evaluation": (h2s.report.soft_vs_hard, "score_replies", no_number),
+    "reward_raises": (h2s.ppo.trainer, "score_replies", fails(KeyError("score"))),
+    "infinite_loss": (h2s.ppo.trainer, "policy_loss", infinite),
+    "infinite_kl": (h2s.ppo.trainer, "kl_to_reference", infinite),
     "endless_step": (PPO, "_apply", endless_step),
     "infinite_pair_loss": (Reward, "compute_loss", infinite),
     "ctrl_c": (PPO, "_apply", signals(signal.SIGINT)),
@@ -100,7 +100,7 @@ FAULTS: dict[str, tuple] = {
     "sigterm": (PPO, "_apply", signals(signal.SIGTERM)),
     "sigterm_passed_on": (PPO, "_apply", signals(signal.SIGTERM, signal.SIGTERM)),
     "sigterm_twice": (PPO, "_apply", signals(signal.SIGTERM, signal.SIGTERM, seconds=0.5)),
-    "sigterm_report": (h2s.evaluation, "sign_test_text", signals(signal.SIGTERM)),
+    "sigterm_report": (h2s.report.soft_vs_hard, "sign_test_text", signals(signal.SIGTERM)),
     "sigterm_pairs": (Reward, "training_step", signals(signal.SIGTERM)),
 }
 
@@ -108,7 +108,7 @@ FAULTS: dict[str, tuple] = {
 def main() -> None:
     name, folder, faults, *flags = sys.argv[1:]
     torch.set_num_threads(1)
-    h2s.exits.ONE_SIGNAL = 0.2
+    h2s.run.folder.ONE_SIGNAL = 0.2
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     start, out = recipe(name), Path(folder)
     flags += ["--run_name", "run", "--disable_tqdm", "true", "--report_to", "none"]

@@ -18,26 +18,26 @@ import torch
 from forks import recipe, run
 from safetensors.torch import load_file
 
-import h2s.checkpoints
-import h2s.evaluation
-import h2s.ppo_trainer
-import h2s.reward_training
+import h2s.ppo.trainer
+import h2s.report.soft_vs_hard
+import h2s.reward.trainer
+import h2s.run.checkpoints
 
 # Where a kill may fall: sampling, an update, the parts of an evaluation, and each file of a checkpoint or an adapter.
 MOMENTS = (
-    (h2s.ppo_trainer, "generate"),
-    (h2s.evaluation, "generate"),
-    (h2s.evaluation, "completion_logps"),
-    (h2s.ppo_trainer.SingleStepPPOTrainer, "_apply"),
-    (h2s.ppo_trainer, "save_adapter"),
-    (h2s.ppo_trainer.SingleStepPPOTrainer, "_write_completions"),
-    (h2s.reward_training.PrefixRewardTrainer, "training_step"),
-    (h2s.reward_training.PrefixRewardTrainer, "prediction_step"),
-    (h2s.checkpoints.WholeCheckpoints, "_save_optimizer_and_scheduler"),
-    (h2s.checkpoints.WholeCheckpoints, "_save_rng_state"),
-    (h2s.checkpoints.WholeCheckpoints, "_publish"),
-    (h2s.checkpoints, "_sync"),
-    (h2s.checkpoints, "rotate_checkpoints"),
+    (h2s.ppo.trainer, "generate"),
+    (h2s.report.soft_vs_hard, "generate"),
+    (h2s.report.soft_vs_hard, "completion_logps"),
+    (h2s.ppo.trainer.SingleStepPPOTrainer, "_apply"),
+    (h2s.ppo.trainer, "save_adapter"),
+    (h2s.ppo.trainer.SingleStepPPOTrainer, "_write_completions"),
+    (h2s.reward.trainer.PrefixRewardTrainer, "training_step"),
+    (h2s.reward.trainer.PrefixRewardTrainer, "prediction_step"),
+    (h2s.run.checkpoints.WholeCheckpoints, "_save_optimizer_and_scheduler"),
+    (h2s.run.checkpoints.WholeCheckpoints, "_save_rng_state"),
+    (h2s.run.checkpoints.WholeCheckpoints, "_publish"),
+    (h2s.run.checkpoints, "_sync"),
+    (h2s.run.checkpoints, "rotate_checkpoints"),
 )
 # Not compared: the clock, and two of Trainer's and TRL's that count since the last start (the closing mean of the loss,
 # the tokens seen).

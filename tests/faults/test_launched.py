@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from tiny import ROOT
 from tiny_runs import ENVIRONMENT
 
 pytestmark = pytest.mark.faults

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from tiny import ROOT
 
-from h2s import PrefixTuningPolicyModel, model_card
+from h2s import PrefixTuningPolicyModel, hub
+from h2s.data.datasets import load_preferences
 from h2s.errors import InputError
-from h2s.preferences import load_preferences
 
 RECIPES = {
     "convert": "convert_prompt",
@@ -203,7 +203,7 @@ def test_push_uploads_the_adapter_and_its_card_last(gemma_folder, tmp_path, monk
         def upload_folder(self, repo_id, folder_path, allow_patterns, **kwargs):
             calls.append(("upload", allow_patterns))
 
-    monkeypatch.setattr(model_card, "HfApi", Api)
+    monkeypatch.setattr(hub, "HfApi", Api)
     run("convert_prompt", "--model_name_or_path", gemma_folder, "--hard_prompt", "Be kind.", "--output_dir", tmp_path,
         "--run_name", "p", "--push_to_hub", "true", "--hub_model_id", "me/kind", "--hub_private_repo", "true",
         "--hub_token", "secret")  # fmt: skip

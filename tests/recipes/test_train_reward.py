@@ -13,15 +13,15 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, sample_context
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
+from tiny import ROOT, sample_context
 from transformers import AutoTokenizer
 
-from h2s import reward_training
-from h2s.contexts import folds_by_conversation, share_with_judge, split_by_conversation
-from h2s.preferences import load_preferences
-from h2s.reward_model import RewardModel, context_text
+from h2s.data.datasets import load_preferences
+from h2s.data.splits import folds_by_conversation, share_with_judge, split_by_conversation
+from h2s.reward import trainer as reward_training
+from h2s.reward.model import RewardModel, context_text
 
 FOLDS, TEST_SIZE = 3, 0.3
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "h2s.json", "README.md"}

@@ -1,0 +1,126 @@
+"""One cell to checked messages, and which conversation they belong to.
+
+A *context* is a conversation that waits for the assistant's reply: alternating user and assistant messages, the last
+one the user's. A *conversation id* is the same for all contexts that begin with the same message, so that turns of one
+conversation never stand on both sides of a split.
+"""
+
+import ast
+import hashlib
+import json
+import re
+import warnings
+from itertools import pairwise
+from typing import Any
+
+from h2s.errors import InputError
+
+Messages = list[dict[str, str]]
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def parse_messages(cell: Any) -> Messages:
+    """Read one context.
+
+    Args:
+        cell: a list of `{"role", "content"}` (content a string or a list of `{"type": "text", "text"}` parts), the
+            same as a JSON or Python-literal string, or plain text (one user message). Text that begins with `[` or
+            `{` must parse.
+
+    Returns:
+        Messages with string contents, alternating user and assistant, the last one the user's.
+
+    Raises:
+        InputError: the cell is none of these.
+    """
+    if isinstance(cell, str):
+        text = cell.strip()
+        cell = _parse_literal(text) if text[:1] in ("[", "{") else [{"role": "user", "content": text}]
+    if not isinstance(cell, list) or not cell:
+        raise InputError(f"expected a non-empty list of messages or plain text, got {_short(cell)}")
+    messages = [_message(m) for m in cell]
+    for before, after in pairwise(messages):
+        if before["role"] == after["role"]:
+            raise InputError(f"messages must alternate between user and assistant, got two {after['role']!r} in a row")
+    if messages[-1]["role"] != "user":
+        raise InputError("the last message must be the user's, since the response answers it")
+    return messages
+
+
+def _parse_literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Python's own remarks on such escapes as '\%'
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise InputError(f"begins like a list but is neither JSON nor a Python literal: {_short(text)}") from None
+
+
+def _message(message: Any) -> dict[str, str]:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise InputError(f'expected a message {{"role": …, "content": …}}, got {_short(message)}')
+    role, content = message["role"], message["content"]
+    if role not in ("user", "assistant"):
+        raise InputError(f"a message's role must be 'user' or 'assistant', got {_short(role)}")
+    if isinstance(content, list):
+        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+            raise InputError(f'content parts must be {{"type": "text", "text": …}}, got {_short(content)}')
+        content = "".join(p["text"] for p in content)
+    if not isinstance(content, str) or not content.strip():
+        raise InputError(f"a message's content must be non-empty text, got {_short(content)}")
+    check_unicode(content)
+    return {"role": role, "content": content}
+
+
+def check_unicode(text: str) -> None:
+    """Refuse half a surrogate pair (JSON can spell one, as \\ud83d): no tokenizer or file takes it.
+
+    Raises:
+        InputError: there is one.
+    """
+    found = SURROGATE.search(text)
+    if found:
+        around = text[max(0, found.start() - 20) : found.end() + 20]
+        raise InputError(f"half a character (a lone surrogate, {found[0]!r}) in {around!r}: write the text anew there")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def plain(cell: Any) -> Any:
+    """A cell as plain Python: Arrow hands lists over as numpy arrays, nested ones too.
+
+    Raises:
+        InputError: it is nested too deep.
+    """
+    try:
+        return _plain(cell)
+    except RecursionError:
+        raise InputError("expected a non-empty list of messages or plain text, got lists nested too deep") from None
+
+
+def _plain(cell: Any) -> Any:
+    if hasattr(cell, "tolist"):
+        cell = cell.tolist()
+    if isinstance(cell, list):
+        return [_plain(c) for c in cell]
+    if isinstance(cell, dict):
+        return {k: _plain(v) for k, v in cell.items()}
+    return cell
+
+
+def conversation_id(messages: Messages) -> str:
+    """A short id of the conversation that `messages` belong to: a hash of its beginning.
+
+    That is all up to the user's first message: an assistant may open every conversation with the same greeting.
+    """
+    end = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0) + 1
+    beginning = "\n".join(f"{m['role']}\n{m['content'].strip()}" for m in messages[:end])
+    return hashlib.sha256(beginning.encode("utf-8", "replace")).hexdigest()[:16]

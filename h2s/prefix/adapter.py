@@ -1,0 +1,164 @@
+"""The soft prefix: from a hard prompt's KV cache to a PEFT PrefixTuning adapter, saved, and loaded again.
+
+Prefix tuning (Li and Liang 2021, arXiv 2101.00190) trains keys and values in front of every layer. Copying the hard
+prompt's own keys and values there makes the start of training exactly the hard prompt.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    PrefixTuningConfig,
+    TaskType,
+    get_peft_model,
+    initialize_kv_prefix_from_past_key_values,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from h2s.errors import InputError, in_short
+from h2s.models import load_config, model_source, tensor_shapes
+from h2s.prefix.chat_template import ChatPrefix, save_tokenizer
+
+SOFT, HARD = "default", "hard_prompt"
+
+
+def prefix_from_hard_prompt(base: PreTrainedModel, token_ids: list[int], revision: str | None = None) -> PeftModel:
+    """Wrap `base` with a trainable prefix equal to the given tokens.
+
+    Args:
+        base: the frozen model.
+        token_ids: the P tokens that the prefix stands for.
+        revision: the base model's revision, written into the adapter's configuration.
+
+    Returns:
+        The PEFT model, its prefix float32 whatever the base's dtype.
+    """
+    config = PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(token_ids), prefix_projection=False, revision=revision
+    )
+    cache = prefill(base, token_ids)
+    model = get_peft_model(base, config)
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+    return model
+
+
+@torch.no_grad()
+def prefill(base: PreTrainedModel, token_ids: list[int]) -> DynamicCache:
+    """The KV cache of some tokens, every layer keeping all of them.
+
+    A cache made from the model's configuration would drop what lies beyond the sliding window, and a prompt longer
+    than it could not be read back; `get_prompt` cuts the sliding layers itself when the prefix is used.
+    """
+    ids = torch.tensor([token_ids], device=base.device)
+    cache = DynamicCache()
+    base(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def add_hard_prompt(model: PeftModel, token_ids: list[int]) -> None:
+    """Add the hard prompt as a second, frozen prefix: the reference policy costs no second model."""
+    cache = prefill(model.get_base_model(), token_ids)
+    soft = model.peft_config[SOFT]
+    config = PrefixTuningConfig(task_type=soft.task_type, num_virtual_tokens=len(token_ids), prefix_projection=False)
+    model.add_adapter(HARD, config)
+    initialize_kv_prefix_from_past_key_values(model, adapter_name=HARD, past_key_values=cache)
+    model.prompt_encoder[HARD].requires_grad_(False)
+    model.set_adapter(SOFT)
+
+
+@contextmanager
+def hard_prompt_active(model: PeftModel):
+    """Inside, the model answers as the hard prompt. (`disable_adapter` leaves state behind on prefix models.)"""
+    model.set_adapter(HARD)
+    try:
+        yield model
+    finally:
+        model.set_adapter(SOFT)
+
+
+def soft_prefix(model: PeftModel) -> torch.nn.Parameter:
+    """The one trained parameter of a prefix model, shape (P, 2 * layers * kv_dim)."""
+    return model.prompt_encoder[SOFT].embedding.weight
+
+
+def hard_prefix(model: PeftModel) -> torch.nn.Parameter:
+    """The frozen hard prompt beside it (`add_hard_prompt`), of the same shape."""
+    return model.prompt_encoder[HARD].embedding.weight
+
+
+def save_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: ChatPrefix,
+    folder: str | Path,
+    is_main_process: bool = True,
+) -> None:
+    """Save what plain PEFT loads: the soft prefix (never the frozen hard prompt), the tokenizer, `h2s.json`.
+
+    Where the model is sharded every process calls it, to gather the prefix, and the main one writes.
+    """
+    model.save_pretrained(folder, selected_adapters=[SOFT], is_main_process=is_main_process)
+    if not is_main_process:
+        return
+    save_tokenizer(tokenizer, folder, model.get_base_model().get_input_embeddings().weight.shape[0])
+    prefix.save(folder)
+
+
+def read_adapter_config(folder: str | Path, task_type: TaskType) -> PeftConfig:
+    """The configuration of a prefix adapter, checked before any model loads.
+
+    Raises:
+        InputError: the folder holds no prefix adapter of this task, with whole weights in safetensors, or one that
+            does not fit the base model that it names.
+    """
+    kind = "reward" if task_type == TaskType.SEQ_CLS else "policy"
+    expected = f"{folder} is not a {kind} adapter made by h2s"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise InputError(f"{expected}: there is no {name} in it")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # whatever PEFT raises of a configuration that is none
+        raise InputError(f"{expected}: {in_short(error)}") from error
+    if config.peft_type != PeftType.PREFIX_TUNING or config.task_type != task_type:
+        raise InputError(f"{expected}: it is a {config.peft_type} adapter for {config.task_type}")
+    found = tensor_shapes(Path(folder) / "adapter_model.safetensors").get("prompt_embeddings")
+    base = model_source(config.base_model_name_or_path)
+    layers, width = prefix_sizes(load_config(base, config.revision))
+    fits = (config.num_virtual_tokens, 2 * layers * width)
+    if (config.num_layers, config.token_dim) != (layers, width) or found != fits:
+        raise InputError(
+            f"the adapter in {folder} does not fit its base model {base}: expected a prefix of shape {fits} for "
+            f"{layers} layers, got {found} for {config.num_layers}; base_model_name_or_path in adapter_config.json "
+            "must name the model that it was made from"
+        )
+    return config
+
+
+def prefix_sizes(config: PretrainedConfig) -> tuple[int, int]:
+    """The layers of a model, and how many numbers the keys (or values) of a virtual token are in each."""
+    text = config.get_text_config()
+    sizes = text.to_dict()
+    heads = sizes.get("num_key_value_heads") or text.num_attention_heads
+    head_dim = sizes.get("head_dim") or text.hidden_size // text.num_attention_heads
+    return text.num_hidden_layers, heads * head_dim
+
+
+def load_weights(model: PeftModel, folder: str | Path) -> None:
+    """Load an adapter's weights into the model's soft prefix, which stays trainable.
+
+    `PeftModel.from_pretrained(is_trainable=True)` is refused for prompt learning; this is the way to go on training.
+
+    Raises:
+        InputError: the weights are of another shape, or the file is damaged.
+    """
+    try:
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=SOFT)
+    except Exception as error:  # safetensors, a missing key or a shape: the adapter is what does not fit
+        raise InputError(f"the adapter in {folder} does not fit this model: {in_short(error)}") from error

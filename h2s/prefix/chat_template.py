@@ -1,0 +1,260 @@
+"""Which part of a chat rendering is the prefix, the chat template that prints the rest, and the seam between them.
+
+A conversation is rendered as `[system: hard prompt] (+ [user: opening]) + conversation`. All such renderings begin
+with the same tokens; these become the soft prefix, and the adapter's tokenizer carries a *wrapped* chat template that
+prints everything after them. So a stock `tokenizer.apply_chat_template(conversation)` yields what must still be fed to
+a model that already holds the prefix.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from h2s.data.messages import Messages, check_unicode
+from h2s.errors import InputError
+
+H2S_FILE = "h2s.json"
+
+
+# Conversations that begin in unlike ways: what all their renderings share is the prefix.
+PROBES = ("Hello there", "你好", "7 days", "(well)", "'s", "élan", "zebra", "🙂")
+
+
+@dataclass(frozen=True)
+class ChatPrefix:
+    """The beginning that all renderings share.
+
+    Attributes:
+        hard_prompt: the system message.
+        opening_messages: what stands in front of every conversation: the system message and, for conversations that
+            begin with the assistant, a user message.
+        text: the shared text, N characters, special tokens spelled out.
+        token_ids: its P tokens as they stand in a whole rendering, one virtual token each. (Tokenised alone, the text
+            may come out otherwise: some tokenizers join the newlines at its end.)
+    """
+
+    hard_prompt: str
+    opening_messages: Messages
+    text: str
+    token_ids: list[int]
+
+    @property
+    def first_role(self) -> str:
+        """The role that a conversation must begin with."""
+        return "user" if self.opening_messages[-1]["role"] == "system" else "assistant"
+
+    def save(self, folder: str | Path) -> None:
+        """Write `h2s.json`."""
+        text = json.dumps(asdict(self), ensure_ascii=False)
+        (Path(folder) / H2S_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ChatPrefix":
+        """Read `h2s.json`.
+
+        Raises:
+            InputError: the folder holds none, or one of another stage.
+        """
+        file = Path(folder) / H2S_FILE
+        if not file.is_file():
+            raise InputError(f"{folder} is not a policy adapter made by h2s: it holds no {H2S_FILE}")
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            prefix = cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+            texts = [prefix.hard_prompt, prefix.text, prefix.first_role]
+            if not all(isinstance(t, str) for t in texts) or not all(isinstance(i, int) for i in prefix.token_ids):
+                raise TypeError
+            return prefix
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise InputError(f"{file} does not describe a policy adapter (no hard prompt in it)") from None
+
+
+def chat_prefix(
+    tokenizer: PreTrainedTokenizerBase, hard_prompt: str, opening_user_message: str | None = None
+) -> ChatPrefix:
+    """Find the prefix: the longest run of tokens that the renderings of unlike conversations share.
+
+    Raises:
+        InputError: the prompt is empty or spells out a special token, or the tokenizer has no chat template, or one
+            without a system message.
+    """
+    if not hard_prompt.strip():
+        raise InputError("the hard prompt is empty")
+    if opening_user_message is not None and not opening_user_message.strip():
+        raise InputError("opening_user_message is empty: leave it out, or give the message")
+    if tokenizer.chat_template is None:
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: use an instruct model")
+    special = special_tokens(tokenizer)
+    check_plain_text("the hard prompt", hard_prompt, special)
+    check_plain_text("opening_user_message", opening_user_message or "", special)
+    opening = [{"role": "system", "content": hard_prompt}]
+    if opening_user_message is not None:
+        opening.append({"role": "user", "content": opening_user_message})
+    first_role = "assistant" if opening_user_message is not None else "user"
+    renderings = [render(tokenizer, [*opening, {"role": first_role, "content": probe}]) for probe in PROBES]
+    encodings = [tokenizer(r, add_special_tokens=False, return_offsets_mapping=True) for r in renderings]
+    shared = 0
+    for tokens in zip(*(e.input_ids for e in encodings), strict=False):
+        if len(set(tokens)) > 1:
+            break
+        shared += 1
+    if shared == 0:
+        raise InputError(f"the chat template of {tokenizer.name_or_path} renders nothing in front of a conversation")
+    text = renderings[0][: encodings[0].offset_mapping[shared - 1][1]]
+    before_probe = renderings[0].rpartition(PROBES[0])[0]
+    if hard_prompt.strip() not in before_probe:
+        raise InputError(f"the chat template of {tokenizer.name_or_path} does not print the system message as it is")
+    if hard_prompt.strip() not in text or any(not r.startswith(text) for r in renderings):
+        raise InputError("the hard prompt's last tokens merge with what follows them: end it with a full stop")
+    return ChatPrefix(hard_prompt, opening, text, encodings[0].input_ids[:shared])
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
+    """A conversation as text by the tokenizer's chat template.
+
+    transformers runs the template in a sandbox.
+
+    Raises:
+        InputError: the template refuses the messages, or fails.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # Jinja's own, the sandbox's, or any that a template's expressions raise
+        raise InputError(f"the chat template of {tokenizer.name_or_path} refuses the messages: {error}") from error
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens with a meaning of their own, as text spells them out (`<start_of_turn>`)."""
+    return sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def check_plain_text(what: str, text: str, special: Iterable[str]) -> None:
+    """Whether a text is text alone: a tokenizer would take a special token spelled out in it for the token itself.
+
+    So a message could end its turn and open the assistant's. A stock `apply_chat_template` cannot tell the two apart,
+    hence refused and not escaped.
+
+    Raises:
+        InputError: it holds one of the tokens, or half a character.
+    """
+    check_unicode(text)
+    found = [token for token in special if token in text]
+    if found:
+        raise InputError(
+            f"{what} spells out {found[0]!r}, which the model would not read as text but as its special token: write "
+            "it in another way, with a space in it say"
+        )
+
+
+def wrap_chat_template(tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix) -> None:
+    """Make the tokenizer print conversations without their prefix, in place."""
+    # Not escaped: Jinja would read an escaped surrogate pair as two characters, and the cut would fall elsewhere.
+    opening = json.dumps(prefix.opening_messages, ensure_ascii=False)
+    # White space at the original's ends stays as transformers renders it: Jinja drops one last newline, `%}` and a
+    # newline make a line's beginning, and `{%+` keeps the spaces before it.
+    original = tokenizer.chat_template.removesuffix("\n")
+    tokenizer.chat_template = (
+        f"{{%- set messages = {opening} + messages -%}}{{%- set rendered %}}\n{original}{{%+ endset -%}}"
+        f"{{{{- rendered[{len(prefix.text)}:] -}}}}"
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path, embedding_rows: int) -> None:
+    """Save a tokenizer that has no more entries than the model has embedding rows.
+
+    `AutoPeftModelForCausalLM` resizes the model when the tokenizer beside the adapter is larger, which would add
+    untrained tokens that can be sampled. Gemma 3 1B's tokenizer has one entry too many, an image token: a prefix is
+    text only, so the surplus is dropped. transformers cannot remove an added token, hence the edit of its files.
+    """
+    tokenizer.save_pretrained(folder)
+    folder = Path(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    surplus = {t["content"] for t in spec["added_tokens"] if t["id"] >= embedding_rows}
+    if not surplus:
+        return
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in surplus]
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+    config_file = folder / "tokenizer_config.json"
+    config = _without(json.loads(config_file.read_text(encoding="utf-8")), surplus)
+    config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+    rows = len(AutoTokenizer.from_pretrained(folder))
+    if rows > embedding_rows:
+        raise InputError(f"the tokenizer has {rows} entries for {embedding_rows} embedding rows of the model")
+
+
+def _without(value: Any, tokens: set[str]) -> Any:
+    """The JSON value with every mention of one of `tokens` taken out."""
+
+    def mentions(item: Any) -> bool:
+        return item in tokens if isinstance(item, str) else isinstance(item, dict) and item.get("content") in tokens
+
+    if isinstance(value, dict):
+        return {k: _without(v, tokens) for k, v in value.items() if not mentions(v)}
+    if isinstance(value, list):
+        return [_without(v, tokens) for v in value if not mentions(v)]
+    return value
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix, contexts: Sequence[Messages], max_length: int | None = None
+) -> list[list[int]]:
+    """What must be fed after the prefix for the model to reply to each context.
+
+    Args:
+        tokenizer: the adapter's, with the wrapped template.
+        prefix: what the adapter holds.
+        contexts: conversations that wait for the assistant's reply.
+        max_length: the most tokens a prompt may have (the policy never cuts).
+
+    Returns:
+        Token ids a context.
+
+    Raises:
+        InputError: a context begins with the wrong role, spells out a special token, its tokens merge with the
+            prefix's, or it is too long; the context is named by its place, counted from 1.
+    """
+    special = special_tokens(tokenizer)
+    prompts = []
+    for number, messages in enumerate(contexts, start=1):
+        if messages[0]["role"] != prefix.first_role:
+            remedy = "set" if messages[0]["role"] == "assistant" else "leave out"
+            raise InputError(
+                f"context {number} begins with the {messages[0]['role']}, but with this adapter a conversation begins "
+                f"with the {prefix.first_role}: {remedy} opening_user_message"
+            )
+        for message in messages:
+            check_plain_text(f"context {number}: a message of the {message['role']}", message["content"], special)
+        prompts.append(render(tokenizer, messages, add_generation_prompt=True))
+    encoded = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
+    check_seam(tokenizer, prefix, zip(prompts, encoded, strict=True))
+    for number, ids in enumerate(encoded, start=1):
+        if max_length is not None and len(ids) > max_length:
+            raise InputError(
+                f"context {number} is {len(ids)} tokens long, but the model takes {max_length} beside the prefix and "
+                "the completion: shorten it or lower max_completion_length"
+            )
+    return encoded
+
+
+def check_seam(
+    tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix, prompts: Iterable[tuple[str, list[int]]]
+) -> None:
+    """tokens(prefix) + tokens(rest) must be tokens(whole), or the model would see other tokens than the hard prompt's.
+
+    Raises:
+        InputError: a conversation whose first token merges with the prefix's last, named by its place from 1.
+    """
+    first = prefix.token_ids
+    for number, (text, ids) in enumerate(prompts, start=1):
+        whole = tokenizer(prefix.text + text, add_special_tokens=False).input_ids
+        if whole != first + ids:
+            at = next((i for i, (a, b) in enumerate(zip(whole, first + ids, strict=False)) if a != b), len(first))
+            merged = tokenizer.convert_ids_to_tokens(whole[at : at + 1])
+            raise InputError(
+                f"context {number} merges with the hard prompt across the seam (token {merged}): it begins with "
+                f"{text[:20]!r} after {prefix.text[-20:]!r}; change how the context begins"
+            )

@@ -1,0 +1,275 @@
+"""How far a reward model can be trusted: its accuracy on pairs that it never saw, beside baselines on the same pairs.
+
+A *pair table* has a row a judged pair: `conversation`, `row` (of the sheet), `label` (0 the policy's response is
+better, 1 the reference's), `margin` (the model's chosen minus rejected), `linear` (the same of the linear baseline) and
+`length_difference` (characters, chosen minus rejected).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm.auto import tqdm
+from transformers import AutoModel, PreTrainedTokenizerBase
+
+from h2s.data.datasets import LABELS, POLICY_BETTER, Preferences
+from h2s.errors import InputError
+from h2s.report.intervals import difference_text, share_interval, share_text
+from h2s.reward.model import RewardModel, context_text, encode_pair
+
+ACCURACY_REPORT, ACCURACY_PICTURE, PAIRS = "accuracy.md", "accuracy.png", "pairs.parquet"
+
+
+# Confidence is at least one half: the model always prefers one of the two.
+CONFIDENCE_BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+BATCH_SIZE = 64
+
+
+# On the picture: what the bar is called, and the column of the pair table.
+BASELINES = {"longer wins": "length_difference", "linear": "linear"}
+
+
+def sheet_report(preferences: Preferences) -> str:
+    """What is odd about a sheet, in lines: judgements given twice, contradictions, and a preferred side."""
+    seen: dict[tuple[str, frozenset[str]], list[str]] = {}
+    for row in preferences.dataset:
+        pair = (repr(row["prompt"]), frozenset((row["chosen"], row["rejected"])))
+        seen.setdefault(pair, []).append(row["chosen"])
+    repeated = {pair: votes for pair, votes in seen.items() if len(votes) > 1}
+    contradictory = sum(len(set(votes)) > 1 for votes in repeated.values())
+    identical = sum(len(responses) == 1 for _, responses in seen)
+    labels, conversations = preferences.dataset["label"], preferences.dataset["conversation"]
+    sides = [float(label == POLICY_BETTER) for label in labels]
+    _, low, high = share_interval(sides, conversations)
+    bias = "" if low <= 0.5 <= high else "; one side is preferred: were they shuffled?"
+    return (
+        f"pairs judged more than once {len(repeated)}, of them contradictory {contradictory}; "
+        f"pairs of two identical responses {identical}\n"
+        f"the policy's side is the better one in {share_text(sides, conversations)}{bias}"
+    )
+
+
+class FrozenFeatures:
+    """What the untrained BERT sees in each pair: [CLS], the mean token and the mean response token, as differences.
+
+    Args:
+        source: the BERT's folder or Hub name.
+        tokenizer: the BERT's.
+        max_tokens: text tokens of a (context, response) pair.
+        dataset: all pairs of a sheet.
+        device: where to compute.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        dataset: Dataset,
+        device: str | torch.device = "cpu",
+    ):
+        try:
+            bert = AutoModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False).eval().to(device)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"no encoder can be loaded from {source}: {error}") from error
+        rows = [
+            encode_pair(tokenizer, context_text(row["prompt"]), row[side], max_tokens)
+            for side in ("chosen", "rejected")
+            for row in dataset
+        ]
+        features = np.empty((len(rows), 3 * bert.config.hidden_size), dtype=np.float32)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        for start in tqdm(range(0, len(order), BATCH_SIZE), desc="frozen features", leave=False):
+            chunk = order[start : start + BATCH_SIZE]
+            batch = tokenizer.pad([rows[i] for i in chunk], return_tensors="pt").to(device)
+            with torch.no_grad():
+                hidden = bert(**batch).last_hidden_state  # (B, T, H)
+            text, response = batch["attention_mask"], batch["attention_mask"] * batch["token_type_ids"]
+            means = [(hidden * m[..., None]).sum(1) / m.sum(1, keepdim=True) for m in (text, response)]
+            features[chunk] = torch.cat([hidden[:, 0], *means], dim=1).cpu().numpy()
+        chosen, rejected = np.split(features, 2)
+        self.differences = dict(zip(dataset["row"], chosen - rejected, strict=True))
+
+    def margins(self, train: Dataset, test: Dataset) -> np.ndarray:
+        """Fit a logistic regression (no intercept, C 0.01) on `train`, return chosen minus rejected on `test`, (N,)."""
+        x = np.stack([self.differences[row] for row in train["row"]])
+        linear = make_pipeline(StandardScaler(with_mean=False), LogisticRegression(C=0.01, fit_intercept=False))
+        linear.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)))
+        return linear.decision_function(np.stack([self.differences[row] for row in test["row"]]))
+
+
+def pair_table(reward: RewardModel, test: Dataset, linear: Sequence[float] | np.ndarray) -> pd.DataFrame:
+    """Score pairs that `reward` has not seen; `linear` holds the linear baseline's margins on them."""
+    chosen = reward.score(test["prompt"], test["chosen"], "scoring")
+    rejected = reward.score(test["prompt"], test["rejected"], "scoring")
+    lengths = [len(c) - len(r) for c, r in zip(test["chosen"], test["rejected"], strict=True)]
+    return pd.DataFrame(
+        {
+            "conversation": test["conversation"],
+            "row": test["row"],
+            "label": test["label"],
+            "margin": (chosen - rejected).double().numpy(),
+            "linear": np.asarray(linear, dtype=float),
+            "length_difference": lengths,
+        }
+    )
+
+
+def right(margins: Sequence[float]) -> pd.Series:
+    """1 where the chosen response is ahead, one half where both are even, else 0."""
+    return pd.Series((np.sign(np.asarray(margins, dtype=float)) + 1) / 2)
+
+
+def calibration(table: pd.DataFrame) -> pd.DataFrame:
+    """Reliability: how often the model is right where it says so with a probability p = sigmoid(|margin|).
+
+    Returns:
+        A row a bin that holds pairs: `low`, `high`, `pairs`, `confidence` (mean), `accuracy`, `accuracy_low`,
+        `accuracy_high`.
+    """
+    confidence = expit(table["margin"].abs())
+    # The last bin holds its upper end: a sigmoid rounds to 1.
+    bins = np.minimum(np.digitize(confidence, CONFIDENCE_BINS) - 1, len(CONFIDENCE_BINS) - 2)
+    rows = []
+    for i, (low, high) in enumerate(pairwise(CONFIDENCE_BINS)):
+        chosen = bins == i
+        if chosen.any():
+            share = share_interval(right(table["margin"])[chosen].tolist(), table["conversation"][chosen].tolist())
+            rows.append((low, high, int(chosen.sum()), float(confidence[chosen].mean()), *share))
+    names = ["low", "high", "pairs", "confidence", "accuracy", "accuracy_low", "accuracy_high"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def expected_calibration_error(bins: pd.DataFrame) -> float:
+    """Mean |confidence - accuracy| over the pairs (Naeini et al. 2015)."""
+    return float(((bins["confidence"] - bins["accuracy"]).abs() * bins["pairs"]).sum() / bins["pairs"].sum())
+
+
+def log_loss(table: pd.DataFrame) -> float:
+    """The pairwise logistic loss in nats; ln 2 = 0.693 is that of a coin."""
+    return float(np.logaddexp(0, -table["margin"]).mean())
+
+
+def accuracy_line(table: pd.DataFrame) -> str:
+    """The model's accuracy with its interval."""
+    return share_text(right(table["margin"]).tolist(), table["conversation"].tolist())
+
+
+def length_groups(table: pd.DataFrame) -> pd.Series:
+    """Quartiles of how much the two responses differ in length, as labels like `12 to 40 characters`."""
+    size = table["length_difference"].abs()
+    quartile = pd.qcut(size, 4, labels=False, duplicates="drop").fillna(0)
+    spans = {q: f"{size[quartile == q].min()} to {size[quartile == q].max()}" for q in quartile.unique()}
+    return quartile.map(spans)
+
+
+def accuracy_report(table: pd.DataFrame, what: str) -> str:
+    """The pair table as Markdown, for people. `what` says which pairs these are."""
+    conversations = table["conversation"].tolist()
+    model, linear = right(table["margin"]), right(table["linear"])
+    longer = right(table["length_difference"])
+    bins = calibration(table)
+    lines = [
+        f"| {what} | accuracy, 95% interval |",
+        "|---|---|",
+        f"| this model | {share_text(model.tolist(), conversations)} |",
+        f"| the longer response wins | {share_text(longer.tolist(), conversations)} |",
+        f"| linear model on the frozen BERT's features | {share_text(linear.tolist(), conversations)} |",
+        "| chance | 0.500 |",
+        f"| this model minus the longer response | {difference_text((model - longer).tolist(), conversations)} |",
+        f"| this model minus the linear one | {difference_text((model - linear).tolist(), conversations)} |",
+        "",
+        "| it says so with a probability of | pairs | mean probability | right, 95% interval |",
+        "|---|---|---|---|",
+    ]
+    for b in bins.itertuples():
+        interval = f"{b.accuracy:.3f} [{b.accuracy_low:.3f}, {b.accuracy_high:.3f}]"
+        lines.append(f"| {b.low:.1f} to {b.high:.1f} | {b.pairs} | {b.confidence:.3f} | {interval} |")
+    lines += [
+        "",
+        f"Expected calibration error {expected_calibration_error(bins):.3f}; log loss {log_loss(table):.3f} nats "
+        f"(a coin: 0.693).{_agreement(table)}",
+        "",
+        "| pairs | this model | the longer response wins |",
+        "|---|---|---|",
+    ]
+    groups = {f"labelled {n} ({LABELS[n]})": table["label"] == n for n in sorted(table["label"].unique())}
+    spans = length_groups(table)
+    for span in sorted(spans.unique(), key=lambda s: int(s.split()[0])):
+        groups[f"lengths differ by {span} characters"] = spans == span
+    for name, chosen in groups.items():
+        chosen, where = chosen.to_numpy(), table["conversation"][chosen.to_numpy()].tolist()
+        lines.append(f"| {name} | {share_text(model[chosen].tolist(), where)} | {longer[chosen].mean():.3f} |")
+    return "\n".join(lines)
+
+
+def _agreement(table: pd.DataFrame) -> str:
+    """How often the model prefers the longer response, where the lengths differ."""
+    differ = table["length_difference"] != 0
+    if not differ.any():
+        return ""
+    agrees = (np.sign(table["margin"]) == np.sign(table["length_difference"]))[differ].mean()
+    return f" It sides with the longer response in {agrees:.0%} of the pairs."
+
+
+def accuracy_picture(table: pd.DataFrame, path: Path) -> None:
+    """Three panels: accuracy beside the baselines, reliability, accuracy by difference in length."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    bars, reliability, lengths = figure.subplots(1, 3)
+    sides = {"this model": "margin"} | BASELINES
+    conversations = table["conversation"].tolist()
+    _bars(bars, {name: (right(table[column]).tolist(), conversations) for name, column in sides.items()})
+    bars.set_title(f"accuracy, n={len(table)} ({len(set(conversations))} conversations)")
+    bins = calibration(table)
+    reliability.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", linewidth=1)
+    errors = [bins["accuracy"] - bins["accuracy_low"], bins["accuracy_high"] - bins["accuracy"]]
+    reliability.errorbar(bins["confidence"], bins["accuracy"], yerr=errors, fmt="o", capsize=3)
+    for b in bins.itertuples():
+        reliability.annotate(f"n={b.pairs}", (b.confidence, b.accuracy), xytext=(4, 4), textcoords="offset points")
+    reliability.set(xlabel="probability it gives", ylabel="how often it is right", title="reliability", ylim=(0, 1.02))
+    spans = length_groups(table)
+    model = right(table["margin"])
+    groups = {}
+    for span in sorted(spans.unique(), key=lambda s: int(s.split()[0])):
+        chosen = (spans == span).to_numpy()
+        groups[span] = (model[chosen].tolist(), table["conversation"][chosen].tolist())
+    _bars(lengths, groups)
+    lengths.set(title="by difference in length, characters")
+    figure.savefig(path, dpi=120)
+
+
+def _bars(axis, groups: dict[str, tuple[list[float], list[str]]]) -> None:
+    """Shares with their intervals, and chance as a line."""
+    for i, (name, (values, conversations)) in enumerate(groups.items()):
+        share, low, high = share_interval(values, conversations)
+        axis.bar(i, share, color="lightsteelblue" if name in BASELINES else "tab:blue")
+        axis.errorbar(i, share, yerr=[[share - low], [high - share]], color="black", capsize=4)
+    axis.axhline(0.5, color="grey", linestyle="--", linewidth=1)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set(ylim=(0, 1.02), ylabel="accuracy, 95% interval")
+
+
+def write_report(table: pd.DataFrame, what: str, preferences: Preferences, folder: Path) -> str:
+    """Write `accuracy.md`, `accuracy.png` and `pairs.parquet`; returns the report's table."""
+    text = accuracy_report(table, what)
+    counts = f"{preferences.summary()}\n\n{sheet_report(preferences)}"
+    (folder / ACCURACY_REPORT).write_text(
+        f"# Accuracy\n\n{counts}\n\n{text}\n\n![]({ACCURACY_PICTURE})\n", encoding="utf-8"
+    )
+    accuracy_picture(table, folder / ACCURACY_PICTURE)
+    table.to_parquet(folder / PAIRS)
+    return text

@@ -1,0 +1,53 @@
+"""The settings of stage 1."""
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import RewardConfig
+
+from h2s.errors import InputError
+
+
+@dataclass
+class RewardModelConfig(RewardConfig):
+    """TRL's `RewardConfig` with defaults for a prefix.
+
+    Differing from TRL's: `learning_rate` 3e-2 (a prefix; 1e-4 is for LoRA), `num_train_epochs` 5,
+    `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `eval_strategy` and `save_strategy` epoch,
+    `metric_for_best_model` loss (a small part's accuracy is mostly chance), `save_total_limit` 1, `report_to`
+    tensorboard, `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix on BERT silently loses its
+    gradient under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the
+    collator needs the token types), `max_length` None (it would drop long rows; they are cut before).
+    `train_sampling_strategy` has no say: the pairs of a conversation come one after the other.
+    """
+
+    output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
+    learning_rate: float = field(default=3e-2, metadata={"help": "Peak learning rate of the prefix."})
+    head_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of pooler and head."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the judgements."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs a step on one device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pairs a batch when evaluating."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When the validation part is scored."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept (the best one always)."})
+    metric_for_best_model: str | None = field(default="loss", metadata={"help": "What selects the best epoch."})
+    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a larger metric is better."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where metrics go."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Refused: it loses the prefix's gradient."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "TRL drops longer rows; see max_tokens instead."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the token types."})
+    resume_from_checkpoint: bool = field(
+        default=False, metadata={"help": "Go on from the newest complete checkpoint of the run's folder."}
+    )
+
+    def __post_init__(self):
+        if self.gradient_checkpointing or self.activation_checkpointing:
+            raise InputError("gradient_checkpointing with a prefix silently trains the head alone: leave it off")
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        super().__post_init__()

@@ -1,0 +1,185 @@
+"""What a recipe's sections may hold: a dataclass a section and stage. (TRL's and transformers' own fill `task`.)"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from h2s.errors import InputError
+
+
+def _data(help_text: str) -> Any:
+    """A field without which nothing runs: models and data have no default."""
+    return field(default=None, metadata={"help": help_text})
+
+
+@dataclass
+class HardPromptArguments:
+    """The model and the prompt that a prefix is made from."""
+
+    model_name_or_path: str | None = _data("Chat model: a folder, a Hub name or embedded:gemma-3-270m.")
+    model_revision: str | None = _data("Revision of the model on the Hub.")
+    dtype: Literal["auto", "bfloat16", "float32"] = field(
+        default="auto", metadata={"help": "Of the frozen model; auto is bfloat16 on CUDA, float32 elsewhere."}
+    )
+    attn_implementation: str | None = _data("Attention implementation, as transformers names them.")
+    hard_prompt: str | None = _data("The system prompt itself.")
+    hard_prompt_file: str | None = _data("A UTF-8 text file that holds the system prompt.")
+    opening_user_message: str | None = _data("A user message before conversations that begin with the assistant.")
+
+
+@dataclass
+class PolicyModelArguments(HardPromptArguments):
+    """A hard prompt, or a prefix adapter made before; and the reward."""
+
+    prefix_adapter: str | None = _data("A prefix adapter to go on from; the reference stays its hard prompt.")
+    reward_adapter: str | None = _data("A reward adapter made by train_reward.py.")
+    reward_function: str | None = _data("In its place: a Python callable of TRL's signature, package.module.function.")
+    judge_adapter: str | None = _data("A second one, made from other conversations, that selects and reports.")
+
+
+@dataclass
+class RewardModelArguments:
+    """The encoder that learns the judgements."""
+
+    reward_model_name_or_path: str | None = _data("A BERT: a folder, a Hub name or embedded:minilm.")
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Length of its soft prefix."})
+    max_tokens: int | None = field(default=None, metadata={"help": "Text tokens; positions minus virtual tokens."})
+
+
+@dataclass
+class AdapterArguments:
+    """A trained policy."""
+
+    policy_adapter: str | None = _data("A policy adapter made by convert_prompt.py or train_policy.py.")
+
+
+@dataclass
+class CompareModelArguments(AdapterArguments):
+    """A trained policy, and a reward model to score it."""
+
+    reward_adapter: str | None = _data("A reward adapter that scores both sides; none: no scores.")
+    judge_adapter: str | None = _data("A second one, that the policy was not trained on.")
+
+
+@dataclass
+class NoArguments:
+    """An empty section."""
+
+
+@dataclass
+class DatasetArguments:
+    """The data and how it is split."""
+
+    path: str | None = _data("The file (xlsx, csv, json, jsonl, parquet) or Hub data set.")
+    test_size: float = field(default=0.2, metadata={"help": "Share of conversations reported on; half of it selects."})
+    split_seed: int = field(default=42, metadata={"help": "Seed of the split by conversation."})
+
+
+@dataclass
+class RewardDatasetArguments(DatasetArguments):
+    """The judgements, how they are split, and what is measured on them."""
+
+    folds: int | None = field(
+        default=None, metadata={"help": "Cross-validate over this many folds by conversation first (5, say)."}
+    )
+    judge_share: float | None = field(
+        default=None, metadata={"help": "Share of the conversations that a second model, the judge, gets (0.5, say)."}
+    )
+
+
+@dataclass
+class CompareDatasetArguments(DatasetArguments):
+    """The contexts and which of them are compared; or a sheet that people have filled in."""
+
+    split: Literal["test", "all"] = field(default="test", metadata={"help": "The held-out part, or all contexts."})
+    judged: str | None = _data("A blinded sheet of this recipe's, filled in: report people's verdict, run nothing.")
+
+
+@dataclass
+class ConversationArguments:
+    """What to reply to."""
+
+    conversation: str | None = field(
+        default=None, metadata={"help": "JSON or Python list of messages, or one user message; none: a chat."}
+    )
+
+
+@dataclass
+class RunArguments:
+    """Where a run's files go."""
+
+    output_dir: str = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
+    run_name: str | None = field(default=None, metadata={"help": "The run's folder in it; a timestamp by default."})
+    seed: int = field(default=42, metadata={"help": "Seed."})
+
+
+@dataclass
+class ConvertArguments(RunArguments):
+    """Where the adapter goes."""
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the adapter at the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository on the Hub."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
+    hub_token: str | None = field(default=None, metadata={"help": "Token; that of `hf auth login` by default."})
+
+
+@dataclass
+class GenerateArguments(RunArguments):
+    """How replies are drawn."""
+
+    max_completion_length: int = field(default=128, metadata={"help": "Most tokens of a reply."})
+    temperature: float = field(default=0.7, metadata={"help": "0 is greedy."})
+    top_k: int = field(default=0, metadata={"help": "0 keeps the whole vocabulary."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus; 1 keeps the whole distribution."})
+    batch_size: int = field(default=16, metadata={"help": "Contexts at a time."})
+
+    def __post_init__(self):
+        if self.max_completion_length < 1 or self.batch_size < 1:
+            raise InputError("max_completion_length and batch_size must be at least 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise InputError("expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+
+
+@dataclass
+class CompareArguments(GenerateArguments):
+    """How replies are drawn, and how many the hard prompt may choose from."""
+
+    best_of_n: int = field(
+        default=8, metadata={"help": "Replies of the hard prompt to draw for the best-of-n yardstick; 0: none."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.best_of_n != 0 and self.best_of_n < 2:
+            raise InputError(f"best_of_n must be 0 or at least 2, got {self.best_of_n}")
+
+
+def require_setting(value: str | None, key: str, section: str) -> str:
+    """A setting without which nothing runs.
+
+    Raises:
+        InputError: it is missing.
+    """
+    if not value:
+        raise InputError(f"{key} is missing: set it in section {section} of the recipe, or with --{key}")
+    return value
+
+
+def read_hard_prompt(arguments: HardPromptArguments) -> str:
+    """The hard prompt, from exactly one of `hard_prompt` and `hard_prompt_file`.
+
+    Raises:
+        InputError: both or none is given, the file cannot be read, or the prompt is empty.
+    """
+    if (arguments.hard_prompt is None) == (arguments.hard_prompt_file is None):
+        given = "none" if arguments.hard_prompt is None else "both"
+        raise InputError(f"expected one of hard_prompt and hard_prompt_file, got {given}")
+    prompt = arguments.hard_prompt
+    if prompt is None:
+        try:
+            prompt = Path(str(arguments.hard_prompt_file)).read_text(encoding="utf-8-sig").strip()
+        except (OSError, ValueError) as error:
+            raise InputError(f"hard_prompt_file cannot be read: {error}") from error
+    if not prompt.strip():
+        raise InputError("the hard prompt is empty")
+    return prompt

@@ -1,0 +1,341 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from h2s.errors import InputError
+from h2s.ppo.config import SingleStepPPOConfig
+from h2s.reward.config import RewardModelConfig
+from h2s.run.arguments import (
+    CompareDatasetArguments,
+    CompareModelArguments,
+    ConvertArguments,
+    DatasetArguments,
+    GenerateArguments,
+    HardPromptArguments,
+    NoArguments,
+    PolicyModelArguments,
+    RewardModelArguments,
+    read_hard_prompt,
+)
+from h2s.run.recipe import parse_recipe, write_recipe
+
+POLICY = (PolicyModelArguments, DatasetArguments, SingleStepPPOConfig)
+REWARD = (RewardModelArguments, DatasetArguments, RewardModelConfig)
+COMPARE = (CompareModelArguments, CompareDatasetArguments, GenerateArguments)
+CONVERT = (HardPromptArguments, NoArguments, ConvertArguments)
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """Parse a recipe's text and flags."""
+
+    def run(classes, text, *flags):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(text, encoding="utf-8")
+        return parse_recipe(*classes, ["--config", str(file), *flags])
+
+    return run
+
+
+RECIPE = """
+model:
+  hard_prompt: Be kind, 你好.
+  reward_adapter: owner/reward
+dataset:
+  path: contexts.json
+  split_seed: 7
+task:
+  learning_rate: 1e-4
+  num_ppo_epochs: 3
+  target_kl: null
+  whiten_advantages: false
+  report_to: [tensorboard]
+  logging_steps: 5
+"""
+
+
+def test_sections_and_defaults(parse):
+    model, dataset, task = parse(POLICY, RECIPE)
+    assert (type(model), type(dataset), type(task)) == POLICY
+    assert (model.hard_prompt, model.reward_adapter, model.dtype) == ("Be kind, 你好.", "owner/reward", "auto")
+    assert (dataset.path, dataset.split_seed, dataset.test_size) == ("contexts.json", 7, 0.2)
+    assert (task.learning_rate, task.num_ppo_epochs, task.target_kl) == (1e-4, 3, None)
+    assert (task.whiten_advantages, task.report_to, task.logging_steps) == (False, ["tensorboard"], 5)
+    assert (task.kl_coef, task.output_dir, task.weight_decay) == (0.05, "outputs", 0.0)
+
+
+def test_flags_override(parse):
+    flags = [
+        "--learning_rate",
+        "3e-4",
+        "--split_seed=8",
+        "--whiten_advantages",
+        "true",
+        "--hard_prompt",
+        "x",
+        "--target_kl",
+        "0.5",
+    ]
+    model, dataset, task = parse(POLICY, RECIPE, *flags)
+    assert (model.hard_prompt, dataset.split_seed, dataset.path) == ("x", 8, "contexts.json")
+    assert (task.learning_rate, task.whiten_advantages, task.target_kl) == (3e-4, True, 0.5)
+    assert task.num_ppo_epochs == 3
+
+
+def test_flags_alone():
+    model, dataset, task = parse_recipe(*POLICY, ["--path", "x.json", "--max_steps", "3"])
+    assert (model.hard_prompt, dataset.path, task.max_steps) == (None, "x.json", 3)
+
+
+def test_config_with_an_equals_sign(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dataset: {split_seed: 9}", encoding="utf-8")
+    assert parse_recipe(*POLICY, [f"--config={tmp_path / 'recipe.yaml'}"])[1].split_seed == 9
+
+
+@pytest.mark.parametrize("text", ["dataset: {split_seed: 9}", "model:\ndataset: {split_seed: 9}\ntask: {}"])
+def test_empty_sections_may_be_left_out(parse, text):
+    assert parse(POLICY, text)[1].split_seed == 9
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "0.001", "'1e-3'", ".001", "1.0e-3"])
+def test_forms_of_a_float(parse, number):
+    rate = parse(POLICY, f"task: {{learning_rate: {number}}}")[2].learning_rate
+    assert type(rate) is float and rate == 0.001
+
+
+def test_whole_number_for_a_float(parse):
+    assert parse(COMPARE, "task: {temperature: 1}")[2].temperature == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "section", "line", "words"),
+    [
+        (POLICY, "task", "num_ppo_epochs: [2]", r"num_ppo_epochs must be int, got list \[2\]"),
+        (POLICY, "task", "num_ppo_epochs: 3.7", r"num_ppo_epochs must be int, got float 3\.7"),
+        (POLICY, "task", "num_ppo_epochs: 1e3", "num_ppo_epochs must be int, got str '1e3'"),
+        (POLICY, "task", "num_ppo_epochs: '2'", "num_ppo_epochs must be int, got str '2'"),
+        (POLICY, "task", "num_ppo_epochs: true", "num_ppo_epochs must be int, got bool True"),
+        (POLICY, "task", "num_ppo_epochs: null", "num_ppo_epochs must be int, got NoneType None"),
+        (POLICY, "task", "num_ppo_epochs:", "num_ppo_epochs must be int, got NoneType None"),
+        (POLICY, "task", "save_total_limit: 2.5", r"save_total_limit must be int, got float 2\.5"),
+        (POLICY, "task", "learning_rate: fast", "learning_rate must be float, got str 'fast'"),
+        (POLICY, "task", "learning_rate: {a: 1}", "learning_rate must be float, got dict"),
+        (POLICY, "task", "learning_rate: yes", "learning_rate must be float, got bool True"),
+        (POLICY, "task", "whiten_advantages: 1", "whiten_advantages must be bool, got int 1"),
+        (POLICY, "task", "whiten_advantages: 'no'", "whiten_advantages must be bool, got str 'no'"),
+        (POLICY, "task", "run_name: 2024", "run_name must be str, got int 2024; put it in quotes"),
+        (POLICY, "model", "hard_prompt: no", "hard_prompt must be str, got bool False; put it in quotes"),
+        (POLICY, "model", "hard_prompt: 7", "hard_prompt must be str, got int 7; put it in quotes"),
+        (POLICY, "model", "hard_prompt: [Be kind]", "hard_prompt must be str, got list"),
+        (POLICY, "model", "dtype: float16", "dtype must be 'auto' or 'bfloat16' or 'float32', got str 'float16'"),
+        (POLICY, "dataset", "path: [a.json]", "path must be str, got list"),
+        (COMPARE, "dataset", "split: train", "split must be 'test' or 'all', got str 'train'"),
+        (REWARD, "model", "max_tokens: 96.5", r"max_tokens must be int, got float 96\.5"),
+    ],
+)
+def test_mistyped(parse, classes, section, line, words):
+    with pytest.raises(InputError, match=rf"recipe\.yaml, section {section}: {words}"):
+        parse(classes, f"{section}:\n  {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "nearest"),
+    [
+        ("task", "learning_rte", "learning_rate"),
+        ("task", "num_minibatches", "num_mini_batches"),
+        ("model", "hard_prompt_fil", "hard_prompt_file"),
+        ("dataset", "split_sead", "split_seed"),
+        # The nearest stands in another section
+        ("dataset", "cliprang", "cliprange"),
+    ],
+)
+def test_unknown_key_names_the_nearest(parse, section, key, nearest):
+    words = rf"recipe\.yaml, section {section}: unknown key {key}; did you mean {nearest}\?$"
+    with pytest.raises(InputError, match=words):
+        parse(POLICY, f"{section}: {{{key}: 1}}")
+
+
+def test_unknown_key_like_no_other(parse):
+    with pytest.raises(InputError, match=r"unknown key zzzzzz$"):
+        parse(POLICY, "task: {zzzzzz: 1}")
+
+
+@pytest.mark.parametrize(
+    ("written", "key", "value", "right"),
+    [
+        ("model", "learning_rate", "1e-3", "task"),
+        ("task", "path", "x.json", "dataset"),
+        ("dataset", "dtype", "auto", "model"),
+    ],
+)
+def test_misplaced_key_names_its_section(parse, written, key, value, right):
+    with pytest.raises(InputError, match=rf"section {written}: {key} belongs in section {right}$"):
+        parse(POLICY, f"{written}: {{{key}: {value}}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("modell: {}", "unknown section 'modell'; expected model, dataset, task; did you mean model"),
+        ("env: {PATH: x}", "unknown section 'env'"),
+        ("1: {}", "unknown section 1"),
+        ("learning_rate: 1e-3", "unknown section 'learning_rate'"),
+        ("model: text", "section model: expected keys and values, got str"),
+        ("", "expected the sections model, dataset, task, got NoneType"),
+        ("[model]", "got list"),
+        ("model: {a: [}", "is not YAML"),
+        ("model:\n\thard_prompt: x", "is not YAML"),
+    ],
+)
+def test_not_a_recipe(parse, text, words):
+    with pytest.raises(InputError, match=words) as error:
+        parse(POLICY, text)
+    assert "\n" not in str(error.value)
+
+
+def test_recipe_that_cannot_be_read(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(InputError, match=f"no such recipe: {path}"):
+            parse_recipe(*POLICY, ["--config", str(path)])
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is not YAML"):
+        parse_recipe(*POLICY, ["--config", str(tmp_path / "binary.yaml")])
+
+
+def test_a_recipe_sets_no_environment_variable(parse, monkeypatch):
+    monkeypatch.delenv("H2S_TEST", raising=False)
+    with pytest.raises(InputError):
+        parse(POLICY, "env: {H2S_TEST: x}")
+    import os
+
+    assert "H2S_TEST" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learning", "1e-3"], "unknown flag --learning; did you mean --learning_rate"),
+        (["--learning_rat", "1e-3"], "unknown flag --learning_rat; did you mean --learning_rate"),
+        (["--hard", "x"], "unknown flag --hard"),
+        (["word"], "unknown flag word"),
+        (["--num_ppo_epochs", "2.5"], "num_ppo_epochs.*'2.5'"),
+        (["--learning_rate", "fast"], "learning_rate.*'fast'"),
+        (["--learning_rate"], "learning_rate.*expected one argument"),
+        (["--dtype", "float16"], "dtype.*'float16'"),
+        (["--config"], "config.*expected one argument"),
+    ],
+)
+def test_flags_that_are_wrong(parse, flags, words):
+    with pytest.raises(InputError, match=words) as error:
+        parse(POLICY, RECIPE, *flags)
+    assert "\n" not in str(error.value)
+
+
+# Paths
+
+
+def test_paths_are_looked_for_beside_the_recipe_first(tmp_path, monkeypatch):
+    recipe_folder, here = tmp_path / "recipes", tmp_path / "here"
+    for folder in (recipe_folder, here):
+        folder.mkdir()
+        (folder / "both.json").touch()
+    (recipe_folder / "prompt.txt").write_text("Be kind.\n", encoding="utf-8")
+    (recipe_folder / "reward").mkdir()
+    (here / "gemma").mkdir()
+    (recipe_folder / "recipe.yaml").write_text(
+        "model: {hard_prompt_file: prompt.txt, reward_adapter: ../recipes/reward, model_name_or_path: gemma}\n"
+        "dataset: {path: both.json}\ntask: {output_dir: reward}\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(here)
+    model, dataset, task = parse_recipe(*POLICY, ["--config", "../recipes/recipe.yaml"])
+    assert (here / dataset.path).samefile(recipe_folder / "both.json")
+    assert (here / model.reward_adapter).samefile(recipe_folder / "reward")
+    assert read_hard_prompt(model) == "Be kind."
+    # Not beside the recipe: as it stands, from the current folder. What is written never goes beside the recipe.
+    assert model.model_name_or_path == "gemma"
+    assert task.output_dir == "reward"
+    # A flag is about the current folder.
+    assert parse_recipe(*POLICY, ["--config", "../recipes/recipe.yaml", "--path", "both.json"])[1].path == "both.json"
+
+
+def test_absolute_paths_and_hub_names_stay(parse, tmp_path):
+    text = f"model: {{model_name_or_path: owner/name, reward_adapter: {tmp_path}}}\ndataset: {{path: owner/data}}"
+    model, dataset, _ = parse(POLICY, text)
+    assert (model.model_name_or_path, model.reward_adapter, dataset.path) == ("owner/name", str(tmp_path), "owner/data")
+
+
+# The prompt
+
+
+def test_hard_prompt_file_of_a_windows_program(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfBe kind,\r\nplease.\r\n")
+    assert read_hard_prompt(HardPromptArguments(hard_prompt_file=str(file))) == "Be kind,\nplease."
+
+
+def test_hard_prompt_is_taken_as_it_is():
+    assert read_hard_prompt(HardPromptArguments(hard_prompt=" Be {kind}.\n")) == " Be {kind}.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "expected one of hard_prompt and hard_prompt_file, got none"),
+        ({"hard_prompt": "a", "hard_prompt_file": "b"}, "expected one of hard_prompt and hard_prompt_file, got both"),
+        ({"hard_prompt": " "}, "the hard prompt is empty"),
+        ({"hard_prompt_file": "no/such/file"}, "hard_prompt_file cannot be read"),
+    ],
+)
+def test_hard_prompt_errors(arguments, words):
+    with pytest.raises(InputError, match=words):
+        read_hard_prompt(HardPromptArguments(**arguments))
+
+
+# What was run
+
+
+def settings(values):
+    return {f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.name != "accelerator_config"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "flags"),
+    [
+        (POLICY, ["--hard_prompt", 'Be kind: 你好 🙂\n- "a" #b', "--learning_rate", "3e-4", "--target_kl", "0.25"]),
+        (
+            POLICY,
+            ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--warmup_steps", "3"],
+        ),
+        (POLICY, ["--ratio_norm", "mean", "--eval_strategy", "no", "--report_to", "none", "--run_name", "2024"]),
+        (REWARD, ["--path", "sheet.xlsx", "--max_tokens", "96", "--num_train_epochs", "0.5", "--seed", "7"]),
+        (COMPARE, ["--split", "all", "--temperature", "0", "--top_p", "0.9"]),
+        (CONVERT, ["--hard_prompt", "no", "--opening_user_message", "yes", "--push_to_hub", "true"]),
+    ],
+)
+def test_what_was_run_can_be_run_again(classes, flags, tmp_path):
+    first = parse_recipe(*classes, flags)
+    file = tmp_path / "recipe.yaml"
+    write_recipe(file, *first)
+    second = parse_recipe(*classes, ["--config", str(file)])
+    assert [settings(s) for s in first] == [settings(s) for s in second]
+    # Every flag is told, though some value may be its default.
+    text = file.read_text(encoding="utf-8")
+    assert all(flag.removeprefix("--") in text for flag in flags[::2])
+
+
+@pytest.mark.parametrize("classes", [POLICY, REWARD, CONVERT])
+def test_no_secret_is_written(classes, tmp_path):
+    write_recipe(
+        tmp_path / "recipe.yaml", *parse_recipe(*classes, ["--hub_token", "hf_secret", "--hub_model_id", "a/b"])
+    )
+    text = (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    assert "hf_secret" not in text and "token" not in text
+    assert yaml.safe_load(text)["task"]["hub_model_id"] == "a/b"
+
+
+def test_defaults_are_not_written(tmp_path):
+    write_recipe(tmp_path / "recipe.yaml", *parse_recipe(*COMPARE, ["--temperature", "0.7", "--top_k", "5"]))
+    content = yaml.safe_load((tmp_path / "recipe.yaml").read_text(encoding="utf-8"))
+    assert content == {"model": {}, "dataset": {}, "task": {"top_k": 5}}

@@ -10,9 +10,11 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -25,6 +27,17 @@ from transformers import (
 
 from h2s.errors import InputError, in_short
 
+# What transformers and PEFT raise of a folder or a repository that holds no such model, or values that no model has.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    StrictDataclassError,
+)
 EMBEDDED = "embedded:"
 
 
@@ -141,15 +154,15 @@ def model_source(name: str) -> str:
     return name
 
 
-def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or an adapter folder.
+def load_tokenizer(source: str, revision: str | None = None, **download: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or an adapter folder; `download` is `token` and `cache_dir`, as transformers has them.
 
     Raises:
         InputError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises a bare Exception for files that are none
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **download)
+    except Exception as error:  # tokenizers raises a bare Exception for invalid files: no narrower one can be named
         raise InputError(f"no tokenizer can be loaded from {source}: {in_short(error)}") from error
     # Where its files are missing transformers makes one of special tokens alone, to which every word is unknown.
     if len(tokenizer) == len(tokenizer.all_special_ids):
@@ -161,7 +174,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     return tokenizer
 
 
-def load_config(source: str, revision: str | None = None) -> PretrainedConfig:
+def load_config(source: str, revision: str | None = None, **download: Any) -> PretrainedConfig:
     """The model's configuration alone: what can be checked before weights load.
 
     Raises:
@@ -169,8 +182,8 @@ def load_config(source: str, revision: str | None = None) -> PretrainedConfig:
     """
     try:
         # Not None: transformers would ask at the terminal whether to run code that comes with the model.
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # of values that no model has, whatever the configuration's class raises
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **download)
+    except LOADING_ERRORS as error:
         raise InputError(f"no model configuration can be loaded from {source}: {in_short(error)}") from error
 
 
@@ -195,7 +208,11 @@ def resolve_dtype(dtype: str) -> torch.dtype:
 
 
 def load_base_model(
-    source: str, revision: str | None = None, dtype: str = "auto", attn_implementation: str | None = None
+    source: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    **download: Any,
 ) -> PreTrainedModel:
     """The frozen chat model.
 
@@ -210,8 +227,9 @@ def load_base_model(
             attn_implementation=attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
+            **download,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(f"no causal language model can be loaded from {source}: {in_short(error)}") from error
     return model.requires_grad_(False).eval()
 

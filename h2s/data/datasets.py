@@ -1,46 +1,20 @@
-"""Checked rows to data sets: contexts and judgements."""
+"""Checked rows as data sets in TRL's conversational format: contexts (`prompt`), judgements (`chosen`, `rejected`)."""
 
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 from datasets import Dataset
 
-from h2s.data.messages import check_unicode, conversation_id, parse_messages, plain
+from h2s.data.messages import check_unicode, conversation_id, parse_messages
 from h2s.data.tables import first_row, read_table
-from h2s.errors import InputError
+from h2s.errors import InputError, in_short
 
-
-def load_contexts(path: str) -> Dataset:
-    """Read the policy's contexts: JSON (csv, jsonl, parquet, Hub) items with a `context`.
-
-    Returns:
-        A data set with columns `prompt` (messages), `conversation` (id) and `row` (its number in the file).
-
-    Raises:
-        InputError: the file or a row of it cannot be used; the row is named.
-    """
-    table = read_table(path, "a JSON list of items with a 'context'")
-    if "context" not in table.columns:
-        raise InputError(f"{path}: no column 'context'; found {', '.join(map(str, table.columns)) or 'none'}")
-    rows = []
-    for number, cell in enumerate(table["context"], start=first_row(path)):
-        try:
-            messages = parse_messages(plain(cell))
-        except InputError as error:
-            raise InputError(f"{path}, row {number}, context: {error}") from None
-        rows.append({"prompt": messages, "conversation": conversation_id(messages), "row": number})
-    if not rows:
-        raise InputError(f"{path}: no contexts in it")
-    return Dataset.from_list(rows)
-
-
+# What TRL's trainers do not hand to a reward either.
+NOT_HANDED_ON = ("context", "prompt", "completion", "completion_ids")
 COLUMNS = ("context_messages", "policy_response", "reference_response", "human_eval")
-
-
 POLICY_BETTER, REFERENCE_BETTER, BOTH_POOR, TIE = range(4)
-
-
 LABELS = {
     POLICY_BETTER: "policy better",
     REFERENCE_BETTER: "reference better",
@@ -49,13 +23,83 @@ LABELS = {
 }
 
 
+def load_contexts(path: str) -> Dataset:
+    """Read the contexts that a policy learns from and is reported on.
+
+    ```python
+    contexts = load_contexts("recipes/sample_data/contexts.json")
+    contexts[0]["prompt"]  # [{"role": "user", "content": "…"}]
+    ```
+
+    Args:
+        path: a JSON list of items with a `context` (or csv, xlsx, jsonl, parquet, a data set of the Hub): messages, the
+            same as text, or one user message.
+
+    Returns:
+        A row a context, in the file's order: `prompt` (messages, the last one the user's) and the file's further
+        columns, which a reward function is handed by name.
+
+    Raises:
+        InputError: the file, a row (named) or a column of it cannot be used.
+    """
+    table = read_table(path, "a JSON list of items with a 'context'")
+    if "context" not in table.columns:
+        raise InputError(f"{path}: no column 'context'; found {', '.join(map(str, table.columns)) or 'none'}")
+    prompts = []
+    for number, cell in enumerate(table["context"], start=first_row(path)):
+        try:
+            prompts.append(parse_messages(cell))
+        except InputError as error:
+            raise InputError(f"{path}, row {number}, context: {error}") from None
+    if not prompts:
+        raise InputError(f"{path}: no contexts in it")
+    columns: dict[str, list] = {"prompt": prompts}
+    for name in (n for n in table.columns if n not in NOT_HANDED_ON):
+        columns[str(name)] = _typed(f"{path}, column {name}", table[name])
+    return Dataset.from_dict(columns)
+
+
+def _typed(where: str, column: pd.Series) -> list:
+    """A column's values, None where one is missing, if they are of one type.
+
+    Raises:
+        InputError: they are not; a data set cannot hold them.
+    """
+    values = [None if value is None or value is pd.NA or value != value else value for value in column]
+    try:
+        Dataset.from_dict({"column": values})
+    except (TypeError, ValueError, NotImplementedError, OverflowError) as error:  # Arrow's, which derive from these
+        raise InputError(f"{where}: a column holds values of one type ({in_short(error)}): mend or drop it") from error
+    return values
+
+
+def load_preferences(path: str) -> Dataset:
+    """Read a sheet of judgements as TRL's preference data set, for its own trainers as well.
+
+    ```python
+    pairs = load_preferences("recipes/sample_data/judgements.xlsx")
+    pairs[0]["chosen"]  # [{"role": "assistant", "content": "…"}]
+    ```
+
+    Args:
+        path: as [`read_judgements`] takes it.
+
+    Returns:
+        A row a judgement with a direction: `prompt`, `chosen`, `rejected` (lists of messages), `label` (0 the policy's
+        is better, 1 the reference's) and `row` (its number in the file).
+
+    Raises:
+        InputError: as [`read_judgements`].
+    """
+    return read_judgements(path).dataset
+
+
 @dataclass(frozen=True)
-class Preferences:
+class Judgements:
     """A checked sheet.
 
     Attributes:
-        dataset: the directional rows, with columns `prompt` (messages), `chosen`, `rejected` (texts), `label` (0 the
-            policy's is better, 1 the reference's), `conversation` (id) and `row` (the row's number in the file).
+        dataset: the rows with a direction, as [`load_preferences`] gives them.
         counts: how many rows carry each label.
     """
 
@@ -66,15 +110,18 @@ class Preferences:
         """The counts in one line: what trains and what is set aside."""
         aside = self.counts[BOTH_POOR] + self.counts[TIE]
         counts = ", ".join(f"{self.counts[label]} {name}" for label, name in LABELS.items())
-        conversations = len(set(self.dataset["conversation"]))
+        conversations = len({conversation_id(prompt) for prompt in self.dataset["prompt"]})
         return f"{counts}; {len(self.dataset)} pairs over {conversations} conversations, {aside} rows set aside"
 
 
-def load_preferences(path: str, need_direction: bool = True) -> Preferences:
+def read_judgements(path: str, need_direction: bool = True) -> Judgements:
     """Read and check a judgement sheet.
 
-    Rows labelled 2 (both poor) and 3 (tie) have no direction: they are checked, counted and set aside. A sheet of
-    nothing else is an error unless `need_direction` is False.
+    Rows labelled 2 (both poor) and 3 (tie) have no direction: they are checked, counted and set aside.
+
+    Args:
+        path: xlsx, csv, json, jsonl, parquet or a data set of the Hub with the columns of `COLUMNS`.
+        need_direction: whether a sheet without any direction is an error.
 
     Raises:
         InputError: the file cannot be read, a column is missing, a row is malformed (named by its number in the
@@ -90,28 +137,20 @@ def load_preferences(path: str, need_direction: bool = True) -> Preferences:
     records = table.loc[:, list(COLUMNS)].itertuples(index=False, name=None)
     for number, (context, policy, reference, label) in enumerate(records, start=first_row(path)):
         try:
-            value = _label(plain(label))
-            prompt = _in_column("context_messages", parse_messages, plain(context))
-            policy = _in_column("policy_response", _response, plain(policy))
-            reference = _in_column("reference_response", _response, plain(reference))
+            value = _label(label)
+            prompt = _in_column("context_messages", parse_messages, context)
+            policy = _in_column("policy_response", _response, policy)
+            reference = _in_column("reference_response", _response, reference)
         except InputError as error:
             raise InputError(f"{path}, row {number}: {error}") from None
         counts[value] += 1
         if value in (POLICY_BETTER, REFERENCE_BETTER):
-            chosen, rejected = (policy, reference) if value == POLICY_BETTER else (reference, policy)
-            pairs.append(
-                {
-                    "prompt": prompt,
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "label": value,
-                    "conversation": conversation_id(prompt),
-                    "row": number,
-                }
-            )
+            replies = [[{"role": "assistant", "content": text}] for text in (policy, reference)]
+            chosen, rejected = replies if value == POLICY_BETTER else replies[::-1]
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "label": value, "row": number})
     if need_direction and not pairs:
         raise InputError(f"{path}: no row is labelled 0 or 1, so there is no preference to learn ({len(table)} rows)")
-    return Preferences(Dataset.from_list(pairs), counts)
+    return Judgements(Dataset.from_list(pairs), counts)
 
 
 def _in_column(column: str, read, cell: Any) -> Any:

@@ -77,6 +77,17 @@ def _message(message: Any) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def as_messages(conversation: str | Messages) -> Messages:
+    """A conversation of the Python API: a list of messages, or text that is one user message, whatever it begins with.
+
+    Raises:
+        InputError: it is neither, or does not wait for the assistant's reply.
+    """
+    return parse_messages(
+        [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+    )
+
+
 def check_unicode(text: str) -> None:
     """Refuse half a surrogate pair (JSON can spell one, as \\ud83d): no tokenizer or file takes it.
 
@@ -92,28 +103,6 @@ def check_unicode(text: str) -> None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def plain(cell: Any) -> Any:
-    """A cell as plain Python: Arrow hands lists over as numpy arrays, nested ones too.
-
-    Raises:
-        InputError: it is nested too deep.
-    """
-    try:
-        return _plain(cell)
-    except RecursionError:
-        raise InputError("expected a non-empty list of messages or plain text, got lists nested too deep") from None
-
-
-def _plain(cell: Any) -> Any:
-    if hasattr(cell, "tolist"):
-        cell = cell.tolist()
-    if isinstance(cell, list):
-        return [_plain(c) for c in cell]
-    if isinstance(cell, dict):
-        return {k: _plain(v) for k, v in cell.items()}
-    return cell
 
 
 def conversation_id(messages: Messages) -> str:

@@ -6,9 +6,15 @@ from typing import Literal
 
 from datasets import Dataset, concatenate_datasets
 
+from h2s.data.messages import conversation_id
 from h2s.errors import InputError
 
 Part = Literal["train", "validation", "test"]
+
+
+def conversations_of(dataset: Dataset) -> list[str]:
+    """The conversation id of each row's `prompt`."""
+    return [conversation_id(prompt) for prompt in dataset["prompt"]]
 
 
 def part_of(conversation: str, split_seed: int, test_size: float) -> Part:
@@ -29,15 +35,16 @@ def _draw(text: str) -> float:
 
 
 def split_by_conversation(dataset: Dataset, split_seed: int, test_size: float) -> dict[Part, Dataset]:
-    """Split rows that carry a `conversation` id into train, validation and test.
+    """Split rows that carry a `prompt` into train, validation and test.
 
     Raises:
         InputError: a part would be empty.
     """
     if not 0 < test_size < 0.6 or math.isnan(test_size):
         raise InputError(f"test_size must lie between 0 and 0.6 (half as much again selects), got {test_size}")
-    where = [part_of(c, split_seed, test_size) for c in dataset["conversation"]]
-    conversations = len(set(dataset["conversation"]))
+    ids = conversations_of(dataset)
+    where = [part_of(c, split_seed, test_size) for c in ids]
+    conversations = len(set(ids))
     if set(where) == {"test"} and conversations > 3:  # of so many all would hardly be held out by chance
         raise InputError(
             f"all {conversations} conversations are held out by test_size {test_size} and split_seed {split_seed}, as "
@@ -72,11 +79,11 @@ def share_with_judge(
     judge: dict[Part, Dataset] = {}
     names: tuple[Part, ...] = ("train", "validation")
     for part in names:
-        of_judge = [_draw(f"judge:{split_seed}:{c}") < judge_share for c in parts[part]["conversation"]]
+        ids = conversations_of(parts[part])
+        of_judge = [_draw(f"judge:{split_seed}:{c}") < judge_share for c in ids]
         if len(set(of_judge)) < 2:
-            count = len(set(parts[part]["conversation"]))
             raise InputError(
-                f"the {part} part holds {count} conversations, too few to share between a reward model and a judge "
+                f"the {part} part holds {len(set(ids))} conversations, too few to share between a reward model and a judge "
                 f"(judge_share {judge_share}): add conversations or raise test_size"
             )
         judge[part] = parts[part].select([i for i, j in enumerate(of_judge) if j])
@@ -94,7 +101,8 @@ def folds_by_conversation(dataset: Dataset, folds: int, split_seed: int) -> list
     Raises:
         InputError: fewer than 2 folds, or too few conversations for them.
     """
-    conversations = sorted(set(dataset["conversation"]), key=lambda c: _draw(f"folds:{split_seed}:{c}"))
+    ids = conversations_of(dataset)
+    conversations = sorted(set(ids), key=lambda c: _draw(f"folds:{split_seed}:{c}"))
     if folds < 2 or len(conversations) < 2 * folds:
         raise InputError(
             f"folds must be at least 2 and at most half of the {len(conversations)} conversations, got {folds}"
@@ -103,7 +111,7 @@ def folds_by_conversation(dataset: Dataset, folds: int, split_seed: int) -> list
     for fold in range(folds):
         part: dict[str, Part] = dict.fromkeys(conversations[fold::folds], "test")
         part |= dict.fromkeys(conversations[(fold + 1) % folds :: folds][::2], "validation")
-        where = [part.get(c, "train") for c in dataset["conversation"]]
+        where = [part.get(c, "train") for c in ids]
         names: tuple[Part, ...] = ("train", "validation", "test")
         result.append({n: dataset.select([i for i, w in enumerate(where) if w == n]) for n in names})
     return result

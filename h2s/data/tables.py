@@ -1,22 +1,40 @@
-"""Files of people to rows: xlsx, csv, json, jsonl, parquet, data sets of the Hub."""
+"""People's files as rows of plain Python values: xlsx, csv, json, jsonl, parquet, data sets of the Hub."""
 
 import json
 import os
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import ParseError
 
 import pandas as pd
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
-from h2s.errors import InputError
+from h2s.errors import InputError, in_short
 
 FORMATS = (".xlsx", ".csv", ".json", ".jsonl", ".parquet")
-
-
 # The first bytes of Office's old container, in which encrypted workbooks stand too.
 OLE = bytes.fromhex("d0cf11e0a1b11ae1")
+# What pandas, openpyxl, json and Arrow raise of a file that is not what its name says. Their errors of content are
+# ValueErrors; openpyxl looks up and converts what a workbook's XML names without a check of its own.
+READER_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    NotImplementedError,
+    RecursionError,
+    EOFError,
+    ParseError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
 
 
 def read_table(path: str, expected: str) -> pd.DataFrame:
@@ -28,6 +46,9 @@ def read_table(path: str, expected: str) -> pd.DataFrame:
     Args:
         path: a file, or the name `owner/name` of a data set on the Hub (its train split).
         expected: what the caller needs, for the error.
+
+    Returns:
+        A frame of dtype object, whose lists and mappings are Python's own.
 
     Raises:
         InputError: there is no such file, or it is not what its name says.
@@ -41,42 +62,76 @@ def read_table(path: str, expected: str) -> pd.DataFrame:
             raise InputError(f"no such file: {path} (expected {expected})")
         if file.is_dir() or suffix not in FORMATS:
             raise InputError(f"{path} is not a {', '.join(FORMATS)} file (expected {expected})")
-    try:
-        if is_hub_name:
-            return load_dataset(path, split="train").to_pandas()
         if suffix == ".xlsx":
-            _check_workbook(file)
-            with warnings.catch_warnings(action="ignore"):  # openpyxl's, on styles and lists that it leaves out
-                return pd.read_excel(file, engine="openpyxl", dtype=object, keep_default_na=False)
-        if suffix == ".csv":
-            return pd.read_csv(file, dtype=str, keep_default_na=False)
-        if suffix == ".parquet":
-            return pd.read_parquet(file)
-        text = file.read_text(encoding="utf-8-sig")
-        # Not splitlines: a JSON string may hold U+2028.
-        items = json.loads(text) if suffix == ".json" else [json.loads(t) for t in text.split("\n") if t.strip()]
-        return pd.DataFrame(_records(items), dtype=object)
-    except Exception as error:  # whatever the reader raises, the user's file is what it could not read
-        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path} cannot be read as {suffix or 'a Hub data set'} ({expected}): {lines[0]}") from error
+            _check_workbook(file, f"{path} cannot be read as .xlsx ({expected})")
+    read = _read_hub if is_hub_name else READERS[suffix]
+    try:
+        return read(path)
+    except READER_ERRORS as error:
+        cause = in_short(error.__cause__ or error)
+        raise InputError(f"{path} cannot be read as {suffix or 'a Hub data set'} ({expected}): {cause}") from error
 
 
-def _check_workbook(file: Path) -> None:
-    """Whether a workbook can be read at all: the zip reader's own words for it help nobody."""
+def _check_workbook(file: Path, refusal: str) -> None:
+    """Check that a file is a workbook at all: the zip reader's own words for it help nobody.
+
+    Raises:
+        InputError: it is not; the line begins with `refusal`.
+    """
     with file.open("rb") as opened:
         begins = opened.read(len(OLE))
     if begins == OLE:
-        raise ValueError("it is encrypted or an old .xls: save it as .xlsx without a password")
+        raise InputError(f"{refusal}: it is encrypted or an old .xls: save it as .xlsx without a password")
     if not begins:
-        raise ValueError("it is empty (0 bytes): save or copy it again")
+        raise InputError(f"{refusal}: it is empty (0 bytes): save or copy it again")
     if not zipfile.is_zipfile(file):
-        raise ValueError("it is no workbook, but another kind of file or cut off: save it as .xlsx")
+        raise InputError(f"{refusal}: it is no workbook, but another kind of file or cut off: save it as .xlsx")
 
 
-def _records(items: Any) -> list[dict]:
+def _read_xlsx(path: str) -> pd.DataFrame:
+    with warnings.catch_warnings(action="ignore"):  # openpyxl's, on styles and lists that it leaves out
+        return pd.read_excel(path, engine="openpyxl", dtype=object, keep_default_na=False)
+
+
+def _read_csv(path: str) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def _read_json(path: str) -> pd.DataFrame:
+    return _frame_of_objects(json.loads(Path(path).read_text(encoding="utf-8-sig")))
+
+
+def _read_jsonl(path: str) -> pd.DataFrame:
+    # Not splitlines: a JSON string may hold U+2028.
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    return _frame_of_objects([json.loads(line) for line in lines if line.strip()])
+
+
+def _read_parquet(path: str) -> pd.DataFrame:
+    return _plain_frame(Dataset.from_pandas(pd.read_parquet(path), preserve_index=False))
+
+
+def _read_hub(name: str) -> pd.DataFrame:
+    return _plain_frame(load_dataset(name, split="train"))
+
+
+READERS = {
+    ".xlsx": _read_xlsx,
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _plain_frame(dataset: Dataset) -> pd.DataFrame:
+    return pd.DataFrame(dataset.to_list(), columns=dataset.column_names, dtype=object)
+
+
+def _frame_of_objects(items: Any) -> pd.DataFrame:
     if not isinstance(items, list) or not all(isinstance(i, dict) for i in items):
         raise ValueError("it is not a list of objects")
-    return items
+    return pd.DataFrame(items, dtype=object)
 
 
 def first_row(path: str) -> int:

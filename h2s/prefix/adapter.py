@@ -6,6 +6,7 @@ prompt's own keys and values there makes the start of training exactly the hard 
 
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -19,13 +20,22 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from safetensors import SafetensorError
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from h2s.errors import InputError, in_short
-from h2s.models import load_config, model_source, tensor_shapes
+from h2s.models import LOADING_ERRORS, load_config, model_source, tensor_shapes
 from h2s.prefix.chat_template import ChatPrefix, save_tokenizer
 
 SOFT, HARD = "default", "hard_prompt"
+
+
+def random_prefix(base: PreTrainedModel, num_virtual_tokens: int, revision: str | None = None) -> PeftModel:
+    """Wrap `base` with a trainable prefix that is still to be filled, by [`load_weights`] say."""
+    config = PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens, prefix_projection=False, revision=revision
+    )
+    return get_peft_model(base, config).eval()
 
 
 def prefix_from_hard_prompt(base: PreTrainedModel, token_ids: list[int], revision: str | None = None) -> PeftModel:
@@ -39,11 +49,8 @@ def prefix_from_hard_prompt(base: PreTrainedModel, token_ids: list[int], revisio
     Returns:
         The PEFT model, its prefix float32 whatever the base's dtype.
     """
-    config = PrefixTuningConfig(
-        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(token_ids), prefix_projection=False, revision=revision
-    )
     cache = prefill(base, token_ids)
-    model = get_peft_model(base, config)
+    model = random_prefix(base, len(token_ids), revision)
     initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
     return model
 
@@ -110,8 +117,10 @@ def save_adapter(
     prefix.save(folder)
 
 
-def read_adapter_config(folder: str | Path, task_type: TaskType) -> PeftConfig:
+def read_adapter_config(folder: str | Path, task_type: TaskType, **download: Any) -> PeftConfig:
     """The configuration of a prefix adapter, checked before any model loads.
+
+    `download` is `token` and `cache_dir` for the base model's configuration.
 
     Raises:
         InputError: the folder holds no prefix adapter of this task, with whole weights in safetensors, or one that
@@ -124,13 +133,13 @@ def read_adapter_config(folder: str | Path, task_type: TaskType) -> PeftConfig:
             raise InputError(f"{expected}: there is no {name} in it")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # whatever PEFT raises of a configuration that is none
+    except LOADING_ERRORS as error:
         raise InputError(f"{expected}: {in_short(error)}") from error
     if config.peft_type != PeftType.PREFIX_TUNING or config.task_type != task_type:
         raise InputError(f"{expected}: it is a {config.peft_type} adapter for {config.task_type}")
     found = tensor_shapes(Path(folder) / "adapter_model.safetensors").get("prompt_embeddings")
     base = model_source(config.base_model_name_or_path)
-    layers, width = prefix_sizes(load_config(base, config.revision))
+    layers, width = prefix_sizes(load_config(base, config.revision, **download))
     fits = (config.num_virtual_tokens, 2 * layers * width)
     if (config.num_layers, config.token_dim) != (layers, width) or found != fits:
         raise InputError(
@@ -160,5 +169,5 @@ def load_weights(model: PeftModel, folder: str | Path) -> None:
     """
     try:
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=SOFT)
-    except Exception as error:  # safetensors, a missing key or a shape: the adapter is what does not fit
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:  # RuntimeError: torch's, of a shape
         raise InputError(f"the adapter in {folder} does not fit this model: {in_short(error)}") from error

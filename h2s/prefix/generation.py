@@ -6,6 +6,7 @@ Letters: B rows, P virtual tokens, T text tokens (prompt and completion), C comp
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -63,19 +64,18 @@ class Batch:
 
     @classmethod
     def from_rows(
-        cls, prompts: Sequence[list[int]], completions: Sequence[list[int]], pad_id: int, device: torch.device
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        device: torch.device,
     ) -> "Batch":
         """Pad token lists into one batch."""
-        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        shape = (len(lengths), max(lengths))
-        ids = torch.full(shape, pad_id, dtype=torch.long)
-        attention = torch.zeros(shape, dtype=torch.long)
-        completion = torch.zeros(shape, dtype=torch.bool)
-        for row, (p, c) in enumerate(zip(prompts, completions, strict=True)):
-            ids[row, : lengths[row]] = torch.tensor(p + c)
-            attention[row, : lengths[row]] = 1
-            completion[row, len(p) : lengths[row]] = True
-        return cls(ids.to(device), attention.to(device), completion.to(device))
+        rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+        padded = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(device)
+        starts = torch.tensor([len(p) for p in prompts], device=device)
+        after_prompt = torch.arange(padded.input_ids.shape[1], device=device) >= starts[:, None]  # (B, T)
+        return cls(padded.input_ids, padded.attention_mask, after_prompt & padded.attention_mask.bool())
 
     def rows(self, index: torch.Tensor) -> "Batch":
         """Some rows, without the columns that are padding in all of them."""
@@ -96,12 +96,25 @@ def stop_token_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 @torch.no_grad()
 def generate(
-    model: PeftModel, prompts: Sequence[list[int]], sampling: Sampling, stop_ids: list[int], pad_id: int
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    stop_ids: list[int],
+    **generation_kwargs: Any,
 ) -> list[list[int]]:
     """Draw one completion a prompt under the active prefix.
 
     `generate` pads on the left. That is exact only while prefix, padded prompt and completion fit into the sliding
     window; beyond it the pads would push the prefix out, and prompts are generated in groups of equal length.
+
+    Args:
+        model: the base with its prefix.
+        tokenizer: pads.
+        prompts: token ids that follow the prefix.
+        sampling: how completions are drawn.
+        stop_ids: the tokens that end a completion.
+        **generation_kwargs: of transformers' `generate`, beside those of `sampling`.
 
     Returns:
         Token ids a prompt, up to and including the first stop token.
@@ -115,12 +128,12 @@ def generate(
     completions: list[list[int]] = [[] for _ in prompts]
     stops = set(stop_ids)
     for group in groups.values():
-        width = max(len(prompts[i]) for i in group)
-        ids = torch.tensor([[pad_id] * (width - len(prompts[i])) + prompts[i] for i in group], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group]).to(ids)
-        config = sampling.generation_config(stop_ids, pad_id)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        for i, row in zip(group, output[:, width:].tolist(), strict=True):
+        rows = {"input_ids": [prompts[i] for i in group]}
+        padded = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
+        config = sampling.generation_config(stop_ids, tokenizer.pad_token_id)
+        others = config.update(**generation_kwargs)  # what is no setting of its own, such as a streamer
+        output = model.generate(**padded, generation_config=config, **others)
+        for i, row in zip(group, output[:, padded.input_ids.shape[1] :].tolist(), strict=True):
             end = next((n for n, token in enumerate(row, start=1) if token in stops), len(row))
             completions[i] = row[:end]
     return completions

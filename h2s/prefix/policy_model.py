@@ -1,65 +1,332 @@
-"""A trained policy for use: replies to a conversation, and the prototype's call."""
+"""A policy for use: a chat model with a soft prefix, made from a hard prompt or from an adapter.
 
+Two steps stand behind `from_…`: *open* reads configuration, tokenizer and prefix and checks contexts, without weights;
+*load* brings the weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, TaskType
-from transformers import PreTrainedTokenizerBase
+from accelerate import PartialState
+from peft import PeftModel, TaskType
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from h2s.data.messages import Messages, parse_messages
+from h2s.data.messages import Messages, as_messages, parse_messages
 from h2s.errors import InputError
-from h2s.hub import adapter_folder
-from h2s.models import load_tokenizer, resolve_dtype, room_for_text
-from h2s.prefix.adapter import read_adapter_config
-from h2s.prefix.chat_template import ChatPrefix, encode_prompts
+from h2s.hub import SavedAdapter, adapter_folder, write_card
+from h2s.models import load_base_model, load_config, load_tokenizer, model_source, room_for_text
+from h2s.prefix.adapter import (
+    HARD,
+    SOFT,
+    add_hard_prompt,
+    hard_prompt_active,
+    load_weights,
+    prefix_from_hard_prompt,
+    random_prefix,
+    read_adapter_config,
+    save_adapter,
+)
+from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
 from h2s.prefix.generation import Sampling, decode, generate, stop_token_ids
 
 # The prototype put these words in front of every question ("all right, the question is:").
 QUESTION_PREFIX = "好的，題目如下："
+# What `generate` sets itself, and the argument that says it.
+OWN_ARGUMENTS = {
+    "max_new_tokens": "max_completion_length",
+    "do_sample": "temperature (0 is greedy)",
+    "generation_config": "max_completion_length, temperature, top_k and top_p",
+    "num_return_sequences": "a conversation as often as you want replies to it",
+}
+CARD_EXAMPLE = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, pipeline
+
+model = AutoPeftModelForCausalLM.from_pretrained({source})
+tokenizer = AutoTokenizer.from_pretrained({source})
+chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
+chat([{messages}])"""
+FIRST_MESSAGES = {
+    "user": '{"role": "user", "content": "Hello!"}',
+    "assistant": '{"role": "assistant", "content": "How was your day?"}, {"role": "user", "content": "Quiet."}',
+}
 
 
-class PrefixTuningPolicyModel:
-    """A chat model with its soft prefix."""
+@dataclass
+class OpenedPolicy:
+    """A policy without its weights: what can be known and checked before they load.
+
+    Attributes:
+        source: the base model's folder or Hub name.
+        revision: its revision on the Hub.
+        config: its configuration.
+        tokenizer: its tokenizer, with the wrapped chat template.
+        prefix: what the soft prefix stands for.
+        adapter: the folder with the prefix's weights; None where it is still to be made from the hard prompt.
+        download: `token` and `cache_dir`.
+    """
+
+    source: str
+    revision: str | None
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    prefix: ChatPrefix
+    adapter: str | None = None
+    download: dict[str, Any] = field(default_factory=dict)
+
+    def encode(self, contexts: Sequence[Messages], max_completion_length: int) -> list[list[int]]:
+        """The token ids that follow the prefix for each context; none is too long for a completion beside it.
+
+        Raises:
+            InputError: a context cannot be answered with this prefix; it is named by its place, counted from 1.
+        """
+        return _encode(self.tokenizer, self.prefix, self.config, contexts, max_completion_length)
+
+    def load(
+        self, dtype: str = "auto", attn_implementation: str | None = None, device: str | torch.device | None = None
+    ) -> "PrefixTuningPolicyModel":
+        """Load the base model's weights, and the prefix's: those of the adapter, or the hard prompt's own.
+
+        Args:
+            dtype: of the frozen model; `auto` is bfloat16 on CUDA and float32 elsewhere.
+            attn_implementation: as transformers names them.
+            device: this process's own by default (Accelerate's `PartialState().device`).
+        """
+        base = load_base_model(self.source, self.revision, dtype, attn_implementation, **self.download)
+        base = base.to(device or PartialState().device)
+        if self.adapter is None:
+            model = prefix_from_hard_prompt(base, self.prefix.token_ids, self.revision)
+        else:
+            model = random_prefix(base, len(self.prefix.token_ids), self.revision)
+            load_weights(model, self.adapter)
+        return PrefixTuningPolicyModel(model, self.tokenizer, self.prefix)
+
+
+def open_hard_prompt(
+    model: str,
+    hard_prompt: str,
+    opening_user_message: str | None = None,
+    revision: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    **download: Any,
+) -> OpenedPolicy:
+    """Open a policy that is to be made from a hard prompt; the arguments are those of `from_hard_prompt`.
+
+    Raises:
+        InputError: the model or the prompt cannot be used.
+    """
+    source = model_source(model)
+    tokenizer = load_tokenizer(source, revision, **download)
+    prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
+    config = load_config(source, revision, **download)
+    if room_for_text(config, len(prefix.token_ids)) < 1:
+        raise InputError(
+            f"the hard prompt is {len(prefix.token_ids)} tokens long and leaves the model no room for a reply"
+        )
+    wrap_chat_template(tokenizer, prefix)
+    return OpenedPolicy(source, revision, config, tokenizer, prefix, download=download)
+
+
+def open_adapter(folder_or_hub_id: str | Path, revision: str | None = None, **download: Any) -> OpenedPolicy:
+    """Open a policy that was made before; the arguments are those of `from_pretrained`.
+
+    Raises:
+        InputError: it is not a policy adapter made by h2s, or does not fit its base model.
+    """
+    folder = adapter_folder(folder_or_hub_id, revision, **download)
+    config = read_adapter_config(folder, TaskType.CAUSAL_LM, **download)
+    prefix = ChatPrefix.load(folder)
+    source, base_revision = model_source(config.base_model_name_or_path), config.revision
+    base_config = load_config(source, base_revision, **download)
+    return OpenedPolicy(source, base_revision, base_config, load_tokenizer(folder), prefix, folder, download)
+
+
+def _encode(tokenizer, prefix, config, contexts, max_completion_length) -> list[list[int]]:
+    room = room_for_text(config, len(prefix.token_ids)) - max_completion_length
+    return encode_prompts(tokenizer, prefix, contexts, room)
+
+
+class PrefixTuningPolicyModel(SavedAdapter):
+    """A chat model whose system prompt is a soft prefix.
+
+    ```python
+    policy = PrefixTuningPolicyModel.from_hard_prompt("google/gemma-3-1b-it", "You keep a friendly conversation going.")
+    policy.generate(["I went hiking today.", "It rains."])  # two texts
+    with policy.hard_prompt_active():
+        policy.reply("I went hiking today.")  # the same model under the hard prompt
+    policy.save_pretrained("outputs/kind")  # plain peft loads it
+    ```
+
+    Attributes:
+        model: the plain PEFT model; its adapter `default` is the soft prefix, trainable, float32.
+        tokenizer: the plain transformers tokenizer, whose chat template leaves out what the prefix holds.
+        prefix: what the prefix stood for at the start.
+        stop_ids: the tokens that end a reply.
+    """
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix):
         self.model = model
         self.tokenizer = tokenizer
         self.prefix = prefix
+        self.stop_ids = stop_token_ids(model, tokenizer)
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: str, dtype: str = "auto", device: str | None = None):
-        """Load a policy adapter and the model it was made for.
+    def from_hard_prompt(
+        cls,
+        model: str | PreTrainedModel,
+        hard_prompt: str,
+        opening_user_message: str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        device: str | torch.device | None = None,
+        **download: Any,
+    ) -> "PrefixTuningPolicyModel":
+        """Make a soft prefix that equals a hard prompt.
 
         Args:
-            folder_or_hub_id: an adapter made by `convert_prompt.py` or `train_policy.py`.
+            model: a folder, a Hub name, `embedded:gemma-3-270m`, or a model that is loaded already; it is frozen.
+            hard_prompt: the system prompt.
+            opening_user_message: a user message before conversations that begin with the assistant.
+            tokenizer: of a loaded model; by default the one of the name that it was loaded from.
+            chat_template_kwargs: settings of the model's chat template, such as Qwen 3's `enable_thinking`.
+            revision: of the model on the Hub.
+            dtype: of a model that is to be loaded; `auto` is bfloat16 on CUDA and float32 elsewhere.
+            attn_implementation: as transformers names them.
+            device: this process's own by default (Accelerate's `PartialState().device`).
+            **download: `token` and `cache_dir`, as transformers has them.
+
+        Raises:
+            InputError: the model or the prompt cannot be used.
+        """
+        if isinstance(model, str):
+            opened = open_hard_prompt(
+                model, hard_prompt, opening_user_message, revision, chat_template_kwargs, **download
+            )
+            return opened.load(dtype, attn_implementation, device)
+        tokenizer = tokenizer or load_tokenizer(model.name_or_path, revision, **download)
+        prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
+        wrap_chat_template(tokenizer, prefix)
+        model = model.requires_grad_(False).eval().to(device or PartialState().device)
+        return cls(prefix_from_hard_prompt(model, prefix.token_ids, revision), tokenizer, prefix)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        device: str | torch.device | None = None,
+        **download: Any,
+    ) -> "PrefixTuningPolicyModel":
+        """Load a policy adapter and the model that it was made for.
+
+        Args:
+            folder_or_hub_id: an adapter made by `save_pretrained`, `convert_prompt.py` or `train_policy.py`.
+            revision: of the adapter on the Hub.
             dtype: of the frozen model; `auto` is bfloat16 on CUDA and float32 elsewhere.
-            device: CUDA where there is one by default.
+            attn_implementation: as transformers names them.
+            device: this process's own by default (Accelerate's `PartialState().device`).
+            **download: `token` and `cache_dir`, as transformers has them.
 
         Raises:
             InputError: it is not a policy adapter.
         """
-        folder = adapter_folder(folder_or_hub_id)
-        read_adapter_config(folder, TaskType.CAUSAL_LM)
-        prefix = ChatPrefix.load(folder)
-        tokenizer = load_tokenizer(folder)
-        model = AutoPeftModelForCausalLM.from_pretrained(
-            folder, dtype=resolve_dtype(dtype), use_safetensors=True, trust_remote_code=False
-        )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device).eval(), tokenizer, prefix)
+        return open_adapter(folder_or_hub_id, revision, **download).load(dtype, attn_implementation, device)
 
-    def reply(self, conversation: Messages, sampling: Sampling) -> str:
-        """The assistant's reply to a conversation that waits for one.
+    def _save_files(self, folder: str | Path) -> None:
+        save_adapter(self.model, self.tokenizer, self.prefix, folder)
+
+    def _write_card(self, folder: Path, report: str, source: str) -> None:
+        prompt = self.prefix.hard_prompt.replace("\n", "\n> ")
+        tokens = len(self.prefix.token_ids)
+        body = f"A soft prefix of {tokens} virtual tokens. It began as this hard prompt:\n\n> {prompt}\n\n{report}"
+        use = CARD_EXAMPLE.format(source=source, messages=FIRST_MESSAGES[self.prefix.first_role])
+        base = self.model.peft_config[SOFT].base_model_name_or_path
+        write_card(folder, "A system prompt as a soft prefix", base, body.strip(), use, "text-generation", [])
+
+    def add_hard_prompt(self) -> None:
+        """Add the hard prompt as a second, frozen prefix, if it is not there yet."""
+        if HARD not in self.model.peft_config:
+            add_hard_prompt(self.model, self.prefix.token_ids)
+
+    @contextmanager
+    def hard_prompt_active(self) -> Iterator[None]:
+        """Inside, the model answers as the hard prompt."""
+        self.add_hard_prompt()
+        with hard_prompt_active(self.model):
+            yield
+
+    def encode(self, contexts: Sequence[Messages], max_completion_length: int) -> list[list[int]]:
+        """As [`OpenedPolicy.encode`]."""
+        config = self.model.get_base_model().config
+        return _encode(self.tokenizer, self.prefix, config, contexts, max_completion_length)
+
+    def complete(
+        self, prompt_ids: Sequence[list[int]], sampling: Sampling, **generation_kwargs: Any
+    ) -> list[list[int]]:
+        """Token ids of one completion a prompt, as `encode` gives them, up to and including the first stop token."""
+        return generate(self.model, self.tokenizer, prompt_ids, sampling, self.stop_ids, **generation_kwargs)
+
+    def decode(self, completion: list[int]) -> str:
+        """A completion as text, without its stop token."""
+        return decode(self.tokenizer, completion, self.stop_ids)
+
+    def generate(
+        self,
+        conversations: Sequence[str | Messages],
+        max_completion_length: int = 128,
+        temperature: float = 0.7,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        **generation_kwargs: Any,
+    ) -> list[str]:
+        """Reply to a batch of conversations, each exactly as it would be answered alone.
+
+        Args:
+            conversations: N of them, each a list of messages that waits for the assistant's reply, or text that is one
+                user message.
+            max_completion_length: most tokens of a reply.
+            temperature: 0 is greedy.
+            top_k: the likeliest tokens that may be drawn; 0 is all.
+            top_p: the smallest share of probability that may be drawn; 1 is all.
+            seed: of the sampling; the random state outside is then left as it was.
+            **generation_kwargs: further arguments of transformers' `generate`: `repetition_penalty`, `num_beams`,
+                `streamer` (for one conversation), ….
+
+        Returns:
+            N texts, in order.
 
         Raises:
-            InputError: the conversation begins with the wrong role, or is too long.
+            InputError: a conversation cannot be answered with this prefix (named by its place, counted from 1), or an
+                argument has another name here.
         """
-        config = self.model.get_base_model().config
-        room = room_for_text(config, self.model.active_peft_config.num_virtual_tokens) - sampling.max_completion_length
-        prompts = encode_prompts(self.tokenizer, self.prefix, [conversation], room)
-        stops = stop_token_ids(self.model, self.tokenizer)
-        completions = generate(self.model, prompts, sampling, stops, self.tokenizer.pad_token_id)
-        return decode(self.tokenizer, completions[0], stops)
+        for name in generation_kwargs:
+            if name in OWN_ARGUMENTS:
+                raise InputError(f"{name} has another name here: give {OWN_ARGUMENTS[name]}")
+        if not conversations:
+            return []
+        sampling = Sampling(max_completion_length, temperature, top_k, top_p)
+        prompts = self.encode([as_messages(c) for c in conversations], max_completion_length)
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
+            if seed is not None:
+                torch.manual_seed(seed)
+            completions = self.complete(prompts, sampling, **generation_kwargs)
+        return [self.decode(completion) for completion in completions]
+
+    def reply(self, conversation: str | Messages, **arguments: Any) -> str:
+        """Reply to one conversation; `arguments` are those of [`generate`]."""
+        return self.generate([conversation], **arguments)[0]
 
     def generate_response(
         self,
@@ -92,5 +359,5 @@ class PrefixTuningPolicyModel:
             )
         question = {"role": "assistant", "content": question_prefix + asked_question}
         conversation = parse_messages([question, *conversation_history])
-        text = self.reply(conversation, Sampling(max_completion_length, temperature))
+        text = self.reply(conversation, max_completion_length=max_completion_length, temperature=temperature)
         return [*conversation_history, {"role": "assistant", "content": [{"type": "text", "text": text}]}]

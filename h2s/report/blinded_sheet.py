@@ -19,8 +19,8 @@ from openpyxl import Workbook
 from openpyxl.styles import Alignment, Font
 from openpyxl.worksheet.datavalidation import DataValidation
 
-from h2s.data.datasets import BOTH_POOR, COLUMNS, LABELS, POLICY_BETTER, REFERENCE_BETTER, TIE, load_preferences
-from h2s.data.messages import Messages, conversation_id, parse_messages, plain
+from h2s.data.datasets import BOTH_POOR, COLUMNS, LABELS, POLICY_BETTER, REFERENCE_BETTER, TIE, read_judgements
+from h2s.data.messages import Messages, conversation_id, parse_messages
 from h2s.data.tables import read_table
 from h2s.errors import InputError
 from h2s.report.intervals import share_text, sign_test_text
@@ -126,7 +126,7 @@ def cell_text(text: str) -> str:
 
 
 def _as_json(prompt: Messages) -> str:
-    return json.dumps(plain(prompt), ensure_ascii=False)
+    return json.dumps(prompt, ensure_ascii=False)
 
 
 def _digest(texts: list[str]) -> str:
@@ -160,7 +160,7 @@ def people_verdict(sheet: str) -> str:
         InputError: the sheet is not filled in, or its rows are not those of the key.
     """
     key = read_key(sheet)
-    load_preferences(sheet, need_direction=False)  # every row is checked as for training
+    read_judgements(sheet, need_direction=False)  # every row is checked as for training
     soft_side = dict(zip(key["rows"], key["soft_side"], strict=True))
     counts: Counter[str] = Counter()
     wins, conversations = [], []

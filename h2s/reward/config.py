@@ -10,10 +10,10 @@ from h2s.errors import InputError
 
 @dataclass
 class RewardModelConfig(RewardConfig):
-    """TRL's `RewardConfig` with defaults for a prefix.
+    """Settings of [`RewardModelTrainer`]: TRL's `RewardConfig` with defaults for a prefix, and `max_tokens`.
 
     Differing from TRL's: `learning_rate` 3e-2 (a prefix; 1e-4 is for LoRA), `num_train_epochs` 5,
-    `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `eval_strategy` and `save_strategy` epoch,
+    `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `save_strategy` epoch,
     `metric_for_best_model` loss (a small part's accuracy is mostly chance), `save_total_limit` 1, `report_to`
     tensorboard, `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix on BERT silently loses its
     gradient under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the
@@ -27,7 +27,6 @@ class RewardModelConfig(RewardConfig):
     num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the judgements."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs a step on one device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pairs a batch when evaluating."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When the validation part is scored."})
     save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept (the best one always)."})
     metric_for_best_model: str | None = field(default="loss", metadata={"help": "What selects the best epoch."})
@@ -37,6 +36,9 @@ class RewardModelConfig(RewardConfig):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Refused: it loses the prefix's gradient."}
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "Text tokens of a context and its response; positions minus virtual tokens."}
     )
     max_length: int | None = field(default=None, metadata={"help": "TRL drops longer rows; see max_tokens instead."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the token types."})

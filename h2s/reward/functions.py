@@ -1,31 +1,162 @@
-"""What scores replies: any callable of TRL's reward-function signature, a reward model or the user's own."""
+"""What scores replies: functions, reward models and their adapters, called as TRL 1.16's `RLOOTrainer` calls rewards."""
 
+import asyncio
+import copy
+import functools
 import importlib
+import inspect
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import TrainerState
 
 from h2s.data.messages import Messages
 from h2s.errors import InputError
+from h2s.reward.model import RewardModel
 
-# (prompts=, completions=) -> one number each; conversational, as TRL's: a completion is a list of one message.
-RewardFunction = Callable[..., Sequence[float]]
+# (prompts=, completions=, completion_ids=, every other column, trainer_state=, log_extra=, log_metric=) -> one number or
+# None a completion, which is a list of one message.
+RewardFunction = Callable[..., Any]
+# What a reward is handed by these names; a column of the data set cannot have one of them.
+TAKEN_NAMES = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 
 
-def score_replies(reward: RewardFunction, prompts: Sequence[Messages], replies: Sequence[str]) -> list[float]:
-    """Call a reward function on texts.
+class RewardFunctions:
+    """One or several rewards with their weights.
+
+    ```python
+    rewards = RewardFunctions([asks_back, "outputs/reward"], weights=[1.0, 0.5])
+    values = rewards(prompts, ["And you?"])  # (1, 2)
+    rewards.total(values)  # (1,)
+    ```
+
+    Args:
+        reward_funcs: callables of TRL's signature (`async` ones are awaited together), `RewardModel`s, folders or Hub
+            names of reward adapters, or a list of these.
+        weights: one a reward; 1 each by default.
+        device: where adapters are loaded; this process's own by default.
+
+    Attributes:
+        names: as TRL makes them: a function's name, a callable's class, an adapter's folder.
 
     Raises:
-        ValueError: it does not return one number a reply.
+        InputError: something else is given, or the weights are of another number.
     """
-    completions = [[{"role": "assistant", "content": reply}] for reply in replies]
-    scores: Any = list(reward(prompts=list(prompts), completions=completions))
-    if len(scores) != len(replies):
-        raise ValueError(f"the reward function returned {len(scores)} scores for {len(replies)} completions")
-    if any(score is None for score in scores):
-        raise ValueError("the reward function returned None: each completion needs a number")
-    return [float(score) for score in scores]
+
+    def __init__(
+        self,
+        reward_funcs: RewardFunction | str | Path | Sequence[RewardFunction | str | Path],
+        weights: Sequence[float] | None = None,
+        device: str | torch.device | None = None,
+    ):
+        given = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        if not given:
+            raise InputError("expected at least one reward, got an empty list")
+        if weights is not None and len(weights) != len(given):
+            raise InputError(f"reward_weights must hold one weight a reward, got {len(weights)} for {len(given)}")
+        self.functions = [_as_function(reward, device) for reward in given]
+        self.names = [_name(function) for function in self.functions]
+        self.weights = torch.tensor([1.0] * len(given) if weights is None else weights, dtype=torch.float32)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __call__(
+        self,
+        prompts: Sequence[Messages],
+        replies: Sequence[str],
+        completion_ids: Sequence[list[int]] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        trainer_state: TrainerState | None = None,
+        log_extra: Callable[[str, list], None] = lambda column, values: None,
+        log_metric: Callable[[str, float], None] = lambda name, value: None,
+    ) -> torch.Tensor:
+        """Score N replies by F rewards.
+
+        Args:
+            prompts: N conversations.
+            replies: N texts.
+            completion_ids: their tokens; empty lists by default.
+            columns: the data set's other columns, N values each.
+            trainer_state: that of the training; an empty one by default.
+            log_extra: takes a column of the completions table.
+            log_metric: takes a number for the log.
+
+        Returns:
+            (N, F), float32: NaN where a reward returned None and so leaves a reply out, infinite where it returned a
+            number that is not finite.
+
+        Raises:
+            ValueError: a reward does not return one value a reply.
+        """
+        rows = {
+            "prompts": list(prompts),
+            "completions": [[{"role": "assistant", "content": reply}] for reply in replies],
+            "completion_ids": list(completion_ids or [[] for _ in replies]),
+            **(columns or {}),
+        }
+        others = {"trainer_state": trainer_state or TrainerState(), "log_extra": log_extra, "log_metric": log_metric}
+        # A copy each: what one reward does to its arguments is nobody else's affair.
+        outputs = [function(**copy.deepcopy(rows), **others) for function in self.functions]
+        waiting = [i for i, function in enumerate(self.functions) if _is_async(function)]
+        for i, output in zip(waiting, self._await([outputs[i] for i in waiting]), strict=True):
+            outputs[i] = output
+        values = torch.full((len(replies), len(self.functions)), math.nan)
+        for i, (name, output) in enumerate(zip(self.names, outputs, strict=True)):
+            scores = list(output)
+            if len(scores) != len(replies):
+                raise ValueError(f"the reward {name} returned {len(scores)} scores for {len(replies)} completions")
+            for row, score in enumerate(scores):
+                if score is not None:
+                    values[row, i] = float(score) if math.isfinite(float(score)) else math.inf
+        return values
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The weighted sum, (N, F) -> (N,), without those that left a reply out; NaN where all did."""
+        left_out = values.isnan().all(dim=1)
+        return (values * self.weights.to(values.device)).nansum(dim=1).masked_fill(left_out, math.nan)
+
+    def _await(self, coroutines: list[Coroutine]) -> list[Any]:
+        """Wait for `async` rewards together, on one loop of their own: a client in them may be bound to it."""
+        if not coroutines:
+            return []
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, daemon=True).start()
+
+        async def together() -> list[Any]:
+            return await asyncio.gather(*coroutines)
+
+        return asyncio.run_coroutine_threadsafe(together(), self._loop).result()
+
+
+def _as_function(reward: Any, device: str | torch.device | None) -> RewardFunction:
+    if isinstance(reward, (str, Path)):
+        return RewardModel.from_pretrained(reward, device=device)
+    if isinstance(reward, torch.nn.Module):
+        raise InputError(f"a reward must be a function, a RewardModel or an adapter, got a {type(reward).__name__}")
+    if not callable(reward):
+        raise InputError(f"a reward must be a function, a RewardModel or an adapter, got {reward!r}")
+    return reward
+
+
+def _unwrapped(function: RewardFunction) -> RewardFunction:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _name(function: RewardFunction) -> str:
+    return getattr(_unwrapped(function), "__name__", type(_unwrapped(function)).__name__)
+
+
+def _is_async(function: RewardFunction) -> bool:
+    plain = _unwrapped(function)
+    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(plain.__call__)  # type: ignore[operator]
 
 
 def load_reward_function(path: str) -> RewardFunction:

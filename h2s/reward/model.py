@@ -4,6 +4,7 @@ Trained by TRL's `RewardTrainer` with the pairwise logistic loss of Bradley and 
 `[CLS] context [SEP] response [SEP]`, the context its messages' contents joined by newlines.
 """
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,20 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    BatchEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import logging as transformers_logging
 
-from h2s.data.messages import Messages
-from h2s.errors import InputError
-from h2s.hub import adapter_folder
-from h2s.models import load_config, load_tokenizer
-from h2s.prefix.adapter import read_adapter_config, soft_prefix
+from h2s.data.messages import Messages, as_messages, conversation_id
+from h2s.errors import InputError, in_short
+from h2s.hub import SavedAdapter, adapter_folder, write_card
+from h2s.models import LOADING_ERRORS, load_config, load_tokenizer, model_source
+from h2s.prefix.adapter import SOFT, read_adapter_config, soft_prefix
 from h2s.prefix.chat_template import H2S_FILE
 
-SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP]
+CARD_EXAMPLE = """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForSequenceClassification.from_pretrained({source}, num_labels=1)
+tokenizer = AutoTokenizer.from_pretrained({source})
+model(**tokenizer("the context", "the response", return_tensors="pt")).logits"""
 
 
 # Keys near zero: the prefix begins as a faint, even share of the attention instead of random loud tokens.
@@ -44,53 +57,80 @@ def _head_not_in_checkpoint() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def context_text(messages: Messages) -> str:
-    """A context as the reward model reads it."""
-    return "\n".join(m["content"] for m in messages)
+def context_text(context: str | Messages) -> str:
+    """A context as the reward model reads it: its messages' contents joined by newlines."""
+    return context if isinstance(context, str) else "\n".join(m["content"] for m in context)
+
+
+def reply_text(reply: str | Messages) -> str:
+    """A reply as text; TRL's is a list of one message."""
+    return reply if isinstance(reply, str) else reply[-1]["content"]
 
 
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, context: str, response: str, max_tokens: int, cuts: Counter | None = None
-) -> dict[str, list[int]]:
-    """`[CLS] context [SEP] response [SEP]` in at most `max_tokens` tokens.
+) -> BatchEncoding:
+    """The tokenizer's own encoding of a pair, `[CLS] context [SEP] response [SEP]`, in at most `max_tokens` tokens.
 
     When too long the context is cut from its beginning, and only then the response from its end; `cuts` counts both
     under "context" and "response". Special tokens spelled out in a text stay text.
 
     Returns:
-        `input_ids` and `token_type_ids` (0 up to the first [SEP], 1 after it), each a list of the same length.
+        `input_ids`, `token_type_ids` (0 up to the first [SEP], 1 after it) and `attention_mask`, lists of one length.
     """
-    head = tokenizer(context, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-    tail = tokenizer(response, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-    room = max_tokens - SPECIAL_TOKENS
+    as_text: dict[str, Any] = {"split_special_tokens": True, "verbose": False}
+    head, tail = (len(tokenizer(t, add_special_tokens=False, **as_text).input_ids) for t in (context, response))
+    room = max_tokens - tokenizer.num_special_tokens_to_add(pair=True)
     if cuts is not None:
-        cuts["context"] += bool(head) and len(head) + len(tail) > room
-        cuts["response"] += len(tail) > room
-    tail = tail[:room]
-    head = head[max(0, len(head) - (room - len(tail))) :]
-    first = [tokenizer.cls_token_id, *head, tokenizer.sep_token_id]
-    second = [*tail, tokenizer.sep_token_id]
-    return {"input_ids": first + second, "token_type_ids": [0] * len(first) + [1] * len(second)}
+        cuts["context"] += bool(head) and head + tail > room
+        cuts["response"] += tail > room
+    if tail >= room:  # nothing is left of the context
+        tokenizer.truncation_side = "right"
+        return tokenizer("", response, truncation="only_second", max_length=max_tokens, **as_text)
+    tokenizer.truncation_side = "left"
+    return tokenizer(context, response, truncation="only_first", max_length=max_tokens, **as_text)
 
 
-def max_text_tokens(config: PretrainedConfig, num_virtual_tokens: int, max_tokens: int | None) -> int:
+def open_encoder(
+    name: str, num_virtual_tokens: int, max_tokens: int | None = None
+) -> tuple[str, PreTrainedTokenizerBase, int]:
+    """The source, tokenizer and text tokens of an encoder that is to become a reward model; no weights.
+
+    Args:
+        name: a folder, a Hub name or `embedded:minilm`.
+        num_virtual_tokens: length of its prefix.
+        max_tokens: text tokens wanted; all that fit by default.
+
+    Raises:
+        InputError: it cannot take the prefix or the text.
+    """
+    source = model_source(name)
+    tokenizer, config = load_tokenizer(source), load_config(source)
+    check_encoder(config, tokenizer, name)
+    return source, tokenizer, max_text_tokens(config, tokenizer, num_virtual_tokens, max_tokens)
+
+
+def max_text_tokens(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, num_virtual_tokens: int, max_tokens: int | None
+) -> int:
     """How many text tokens fit beside the prefix; `max_tokens` if given.
 
     Raises:
         InputError: `max_tokens` is more than fits, or too few to hold any text.
     """
     room = config.max_position_embeddings - num_virtual_tokens
+    fewest = tokenizer.num_special_tokens_to_add(pair=True) + 2
     limit = room if max_tokens is None else max_tokens
-    if not SPECIAL_TOKENS + 2 <= limit <= room:
+    if not fewest <= limit <= room:
         raise InputError(
-            f"max_tokens must lie between {SPECIAL_TOKENS + 2} and {room} ({config.max_position_embeddings} positions "
+            f"max_tokens must lie between {fewest} and {room} ({config.max_position_embeddings} positions "
             f"minus {num_virtual_tokens} virtual tokens), got {limit}"
         )
     return limit
 
 
 def check_encoder(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """A reward model is a BERT: absolute positions, [CLS] and [SEP].
+    """Check that a reward model's encoder is a BERT: absolute positions, [CLS] and [SEP].
 
     Raises:
         InputError: it is something else.
@@ -99,24 +139,28 @@ def check_encoder(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, 
         raise InputError(f"{source} is a {config.model_type} model: the reward model must be a BERT")
 
 
-def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
-    """A BERT with a scalar head and a random trainable prefix; else only pooler and the last layer's query are trained.
+def load_encoder(source: str) -> PreTrainedModel:
+    """An encoder with a new scalar head, float32.
 
     Raises:
-        InputError: the model cannot be loaded.
+        InputError: it cannot be loaded.
     """
     try:
         with _head_not_in_checkpoint():
-            base = AutoModelForSequenceClassification.from_pretrained(
+            return AutoModelForSequenceClassification.from_pretrained(
                 source, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no sequence classification model can be loaded from {source}: {error}") from error
+    except LOADING_ERRORS as error:
+        cause = in_short(error)
+        raise InputError(f"no sequence classification model can be loaded from {source}: {cause}") from error
+
+
+def add_reward_prefix(base: PreTrainedModel, config: PrefixTuningConfig) -> PeftModel:
+    """Wrap an encoder with a random trainable prefix; else only pooler, head and the last layer's query are trained."""
+    config = copy.copy(config)
     # The pooler stands between [CLS] and the head; the one an encoder comes with was trained for something else.
     query = f"encoder.layer.{base.config.num_hidden_layers - 1}.attention.self.query"
-    config = PrefixTuningConfig(
-        task_type=TaskType.SEQ_CLS, num_virtual_tokens=num_virtual_tokens, modules_to_save=["pooler", query]
-    )
+    config.modules_to_save = ["pooler", query]
     model = get_peft_model(base, config)
     with torch.no_grad():
         soft_prefix(model).mul_(PREFIX_INIT_STD)  # PEFT draws it with a standard deviation of 1
@@ -129,17 +173,17 @@ def build_reward_model(source: str, num_virtual_tokens: int) -> PeftModel:
 def tokenize_preferences(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int, cuts: Counter
 ) -> Dataset:
-    """`chosen_ids`, `rejected_ids`, their `…_type_ids` and `conversation`: what trainer and collator use.
+    """`chosen_ids`, `rejected_ids`, their `…_type_ids` and `conversation`: what trainer and collator use of pairs.
 
     `cuts` counts as in [`encode_pair`], but a pair's context once.
     """
     rows = []
     for row in dataset:
         text = context_text(row["prompt"])
-        encoded: dict[str, Any] = {"conversation": row["conversation"]}
+        encoded: dict[str, Any] = {"conversation": conversation_id(as_messages(row["prompt"]))}
         cut: Counter[str] = Counter()
         for side in ("chosen", "rejected"):
-            pair = encode_pair(tokenizer, text, row[side], max_tokens, cut)
+            pair = encode_pair(tokenizer, text, reply_text(row[side]), max_tokens, cut)
             encoded |= {f"{side}_ids": pair["input_ids"], f"{side}_type_ids": pair["token_type_ids"]}
         cuts["context"] += cut["context"] > 0
         cuts["response"] += cut["response"]
@@ -163,8 +207,122 @@ class PreferenceCollator:
         return BatchEncoding(indices | self.tokenizer.pad(features, return_tensors="pt").data)
 
 
-def scorer_adapters(reward: str | None, judge: str | None) -> dict[str, str]:
-    """The folders of the reward and judge adapters that are given, by `reward` and `judge`.
+class RewardModel(SavedAdapter):
+    """A trained reward model: score(context, response) -> one number, many pairs at once.
+
+    ```python
+    reward = RewardModel.from_pretrained("outputs/embedded-reward")
+    reward.score([[{"role": "user", "content": "I ran."}]], ["How far did you run?"])  # shape (1,)
+    ```
+
+    Calling it follows TRL's reward-function signature, so it is one of `reward_funcs`.
+
+    Attributes:
+        model: the plain PEFT model.
+        tokenizer: the plain transformers tokenizer.
+        max_tokens: text tokens of a context and its response.
+        cuts: how many contexts and responses were cut to that.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        batch_size: int = 64,
+        name: str = "reward_model",
+    ):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.batch_size = batch_size
+        self.cuts: Counter = Counter()
+        self.__name__ = name  # what logs call it
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        **download: Any,
+    ) -> "RewardModel":
+        """Load an adapter made by `train_reward.py` or [`RewardModelTrainer`].
+
+        Args:
+            folder_or_hub_id: the adapter.
+            revision: of the adapter on the Hub.
+            device: this process's own by default (Accelerate's `PartialState().device`).
+            **download: `token` and `cache_dir`, as transformers has them.
+
+        Raises:
+            InputError: it is no reward adapter.
+        """
+        folder = adapter_folder(folder_or_hub_id, revision, **download)
+        config = read_adapter_config(folder, TaskType.SEQ_CLS, **download)
+        tokenizer = load_tokenizer(folder)
+        with _head_not_in_checkpoint():
+            model = AutoPeftModelForSequenceClassification.from_pretrained(
+                folder, num_labels=1, use_safetensors=True, trust_remote_code=False, **download
+            )
+        file = Path(folder) / H2S_FILE
+        limit = json.loads(file.read_text(encoding="utf-8")).get("max_tokens") if file.is_file() else None
+        base = load_config(config.base_model_name_or_path, **download)
+        max_tokens = max_text_tokens(base, tokenizer, config.num_virtual_tokens, limit)
+        name = Path(str(folder_or_hub_id)).name
+        return cls(model.to(device or PartialState().device), tokenizer, max_tokens, name=name)
+
+    def _save_files(self, folder: str | Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        text = json.dumps({"max_tokens": self.max_tokens}, indent=2)
+        (Path(folder) / H2S_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def _write_card(self, folder: Path, report: str, source: str) -> None:
+        body = (
+            "Scores a response to a context, the context being its messages' contents joined by newlines; trained on "
+            f"human A/B judgements with the pairwise logistic loss.\n\n{report}"
+        )
+        base = self.model.peft_config[SOFT].base_model_name_or_path
+        use = CARD_EXAMPLE.format(source=source)
+        tags = ["reward-model"]
+        write_card(folder, "A reward model of human judgements", base, body.strip(), use, "text-classification", tags)
+
+    @torch.no_grad()
+    def score(
+        self, contexts: Sequence[str | Messages], responses: Sequence[str | Messages], progress: str | None = None
+    ) -> torch.Tensor:
+        """Score pairs in batches of similar length.
+
+        Args:
+            contexts: N conversations, each a list of messages or text.
+            responses: N replies, one a conversation, each text or a list of one message.
+            progress: the label of a progress bar; none if None.
+
+        Returns:
+            Rewards, shape (N,), float32, on the CPU.
+        """
+        rows = [
+            encode_pair(self.tokenizer, context_text(c), reply_text(r), self.max_tokens, self.cuts)
+            for c, r in zip(contexts, responses, strict=True)
+        ]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        rewards = torch.empty(len(rows))
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+            chunk = order[start : start + self.batch_size]
+            batch = self.tokenizer.pad([rows[i] for i in chunk], return_tensors="pt").to(self.model.device)
+            rewards[chunk] = self.model(**batch).logits.squeeze(-1).float().cpu()
+        return rewards
+
+    def __call__(self, prompts: Sequence[Messages], completions: Sequence[Messages], **kwargs: Any) -> list[float]:
+        """TRL's reward-function signature around [`score`]."""
+        return self.score(prompts, completions).tolist()
+
+
+def check_reward_adapters(reward: str | None, judge: str | None) -> dict[str, str]:
+    """The folders of the reward and judge adapters that are given, by `reward` and `judge`, without loading them.
 
     Raises:
         InputError: one is not a reward adapter, or the judge is the reward.
@@ -178,74 +336,3 @@ def scorer_adapters(reward: str | None, judge: str | None) -> dict[str, str]:
             "trained on; train_reward.py --judge_share makes one"
         )
     return folders
-
-
-class RewardModel:
-    """A trained reward model: score(context, response) -> one number, many pairs at once.
-
-    Calling it follows TRL's reward-function signature.
-    """
-
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, batch_size: int = 64):
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.batch_size = batch_size
-        self.cuts: Counter = Counter()
-
-    @classmethod
-    def from_pretrained(cls, folder: str, device: str | torch.device = "cpu") -> "RewardModel":
-        """Load an adapter made by `train_reward.py`.
-
-        Raises:
-            InputError: the folder holds no reward adapter.
-        """
-        folder = adapter_folder(folder)
-        config = read_adapter_config(folder, TaskType.SEQ_CLS)
-        tokenizer = load_tokenizer(folder)
-        with _head_not_in_checkpoint():
-            model = AutoPeftModelForSequenceClassification.from_pretrained(
-                folder, num_labels=1, use_safetensors=True, trust_remote_code=False
-            )
-        file = Path(folder) / H2S_FILE
-        limit = json.loads(file.read_text(encoding="utf-8")).get("max_tokens") if file.is_file() else None
-        max_tokens = max_text_tokens(load_config(config.base_model_name_or_path), config.num_virtual_tokens, limit)
-        return cls(model.to(device), tokenizer, max_tokens)
-
-    def save(self, folder: str | Path) -> None:
-        """Write adapter, tokenizer and `h2s.json`."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        text = json.dumps({"max_tokens": self.max_tokens}, indent=2)
-        (Path(folder) / H2S_FILE).write_text(text + "\n", encoding="utf-8")
-
-    @torch.no_grad()
-    def score(
-        self, contexts: Sequence[Messages], responses: Sequence[str], progress: str | None = None
-    ) -> torch.Tensor:
-        """Score pairs in batches of similar length.
-
-        Args:
-            contexts: N conversations.
-            responses: N replies, one a conversation.
-            progress: the label of a progress bar; none if None.
-
-        Returns:
-            Rewards, shape (N,), float32, on the CPU.
-        """
-        rows = [
-            encode_pair(self.tokenizer, context_text(c), r, self.max_tokens, self.cuts)
-            for c, r in zip(contexts, responses, strict=True)
-        ]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        rewards = torch.empty(len(rows))
-        starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
-            chunk = order[start : start + self.batch_size]
-            batch = self.tokenizer.pad([rows[i] for i in chunk], return_tensors="pt").to(self.model.device)
-            rewards[chunk] = self.model(**batch).logits.squeeze(-1).float().cpu()
-        return rewards
-
-    def __call__(self, prompts: Sequence[Messages], completions: Sequence[Messages], **kwargs: Any) -> list[float]:
-        """TRL's reward-function signature around [`score`]; a completion is a list of one message."""
-        return self.score(prompts, [completion[0]["content"] for completion in completions]).tolist()

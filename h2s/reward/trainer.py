@@ -1,25 +1,48 @@
-"""One training of a reward model by TRL's `RewardTrainer`: a fold's, the judge's or the run's own."""
+"""Stage 1's trainer: TRL's `RewardTrainer` on an encoder with a soft prefix."""
 
-import copy
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from datasets import Dataset
+from peft import PrefixTuningConfig, TaskType
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import RewardTrainer
 
-from h2s.data.splits import Part
-from h2s.errors import RunError
+from h2s.errors import InputError, RunError
+from h2s.models import load_tokenizer
 from h2s.prefix.adapter import load_weights, soft_prefix
 from h2s.reward.config import RewardModelConfig
-from h2s.reward.model import PreferenceCollator, RewardModel, build_reward_model, tokenize_preferences
-from h2s.run.checkpoints import LogBeforeSaving, ReadableLog, StopOnSigterm, WholeCheckpoints, checkpoint_to_resume
-from h2s.run.folder import logger
+from h2s.reward.model import (
+    PreferenceCollator,
+    RewardModel,
+    add_reward_prefix,
+    check_encoder,
+    load_encoder,
+    max_text_tokens,
+    open_encoder,
+    tokenize_preferences,
+)
+from h2s.run.checkpoints import LogBeforeSaving, WholeCheckpoints
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixGradientCheck(TrainerCallback):
+    """Stops a run whose prefix gets no gradient at the first step, and one whose gradient is no longer a number."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Look before each step: after it a checkpoint might hold what nothing can be learned from."""
+        gradient = soft_prefix(model).grad
+        if state.global_step == 0 and (gradient is None or not gradient.any()):
+            raise RunError("the prefix has no gradient at the first step: only the head would be trained")
+        if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+            raise RunError(f"the gradient of step {state.global_step + 1} is not finite: lower learning_rate")
 
 
 class ConversationSampler(Sampler[int]):
@@ -48,8 +71,89 @@ class ConversationSampler(Sampler[int]):
         self.epoch = epoch
 
 
-class PrefixRewardTrainer(WholeCheckpoints, RewardTrainer):
-    """TRL's trainer with a learning rate of its own for pooler and head, and the pairs of a conversation together."""
+class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
+    """Learns judgements as a reward model: TRL's trainer with a soft prefix on an encoder.
+
+    The prefix has a learning rate of its own, and the pairs of a conversation come together. After `train()`
+    `reward_model` holds the epoch that is best by `metric_for_best_model`, or the last where nothing is evaluated.
+
+    ```python
+    trainer = RewardModelTrainer(
+        model="embedded:minilm",
+        args=RewardModelConfig(output_dir="outputs/reward"),
+        train_dataset=load_preferences("recipes/sample_data/judgements.xlsx"),
+    )
+    trainer.train()
+    trainer.reward_model.save_pretrained("outputs/reward")
+    ```
+
+    Args:
+        model: a BERT: a folder, a Hub name, `embedded:minilm`, or one with a scalar head that is loaded already.
+        args: the settings; `RewardModelConfig()` by default.
+        train_dataset: judgements with `prompt`, `chosen` and `rejected`, as `load_preferences` gives them.
+        eval_dataset: the same, held out; needed where `eval_strategy` is not "no".
+        processing_class: the tokenizer of a loaded model; by default the one of the name that it was loaded from.
+        peft_config: `PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=20)` by default.
+        callbacks: further Trainer callbacks.
+
+    Raises:
+        InputError: the model is no BERT, the adapter no prefix, or `max_tokens` does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: RewardModelConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PrefixTuningConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        args = args or RewardModelConfig()
+        peft_config = peft_config or PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=20)
+        if not isinstance(peft_config, PrefixTuningConfig) or peft_config.task_type != TaskType.SEQ_CLS:
+            raise InputError(f"peft_config must be a PrefixTuningConfig of task SEQ_CLS, got {peft_config!r}")
+        if train_dataset is None:
+            raise InputError("train_dataset is missing: give it judgements, load_preferences reads them")
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise InputError(f"eval_strategy is {args.eval_strategy}, but there is no eval_dataset: give it one")
+        virtual = peft_config.num_virtual_tokens
+        set_seed(args.seed)
+        if isinstance(model, str):
+            source, tokenizer, max_tokens = open_encoder(model, virtual, args.max_tokens)
+            base = load_encoder(source)
+        else:
+            base, tokenizer = model, processing_class or load_tokenizer(model.name_or_path)
+            check_encoder(base.config, tokenizer, base.name_or_path)
+            max_tokens = max_text_tokens(base.config, tokenizer, virtual, args.max_tokens)
+        peft_model = add_reward_prefix(base, peft_config)
+        self.cuts: Counter[str] = Counter()
+        parts = [
+            None if part is None else tokenize_preferences(part, tokenizer, max_tokens, self.cuts)
+            for part in (train_dataset, eval_dataset)
+        ]
+        super().__init__(
+            model=peft_model,
+            args=args,
+            data_collator=PreferenceCollator(tokenizer),
+            train_dataset=parts[0],
+            eval_dataset=parts[1],
+            processing_class=tokenizer,
+            callbacks=[PrefixGradientCheck(), *(callbacks or []), LogBeforeSaving()],
+        )
+        self.adapter = self.reward_model = RewardModel(peft_model, tokenizer, max_tokens)
+
+    def load_kept(self) -> None:
+        """The best epoch's checkpoint, if epochs were evaluated."""
+        state, args = self.state, self.args
+        if state.best_model_checkpoint is not None:
+            load_weights(self.reward_model.model, state.best_model_checkpoint)
+            what, kept = args.metric_for_best_model, state.best_model_checkpoint
+            logger.info("best epoch by validation %s: %s (%.3f)", what, kept, state.best_metric)
+        self.reward_model.model.eval()
+        tokens, cuts = self.reward_model.max_tokens, self.cuts
+        logger.info("cut to %d tokens: %d contexts, %d responses", tokens, cuts["context"], cuts["response"])
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of pairs in the order of [`ConversationSampler`], the same on every process; each takes its share."""
@@ -63,7 +167,7 @@ class PrefixRewardTrainer(WholeCheckpoints, RewardTrainer):
         """TRL's pairwise loss, each distinct text of the batch encoded once."""
         pairs = inputs.pop("pairs")  # (N, 2)
 
-        def scored(**texts):
+        def scored(**texts: Any) -> Any:
             outputs = model(**texts)
             outputs.logits = outputs.logits[pairs.T.flatten()]  # (2 N, 1), the chosen first, as TRL expects them
             return outputs
@@ -85,62 +189,3 @@ class PrefixRewardTrainer(WholeCheckpoints, RewardTrainer):
             weight_decay=args.weight_decay,
         )
         return self.optimizer
-
-
-def train_reward_model(
-    source: str,
-    num_virtual_tokens: int,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    parts: dict[Part, Dataset],
-    args: RewardModelConfig,
-    folder: Path,
-) -> RewardModel:
-    """Train on `parts["train"]`, keep the epoch that is best on `parts["validation"]`.
-
-    Args:
-        source: the BERT's folder or Hub name.
-        num_virtual_tokens: length of its prefix.
-        tokenizer: the BERT's.
-        max_tokens: text tokens of a (context, response) pair.
-        parts: of a sheet; the test part is not looked at.
-        args: the settings; `output_dir` is `folder` instead.
-        folder: where checkpoints go; with `args.resume_from_checkpoint` the newest complete one in it is gone on from.
-
-    Returns:
-        The model of the best epoch, the same on every process.
-    """
-    args = copy.copy(args)
-    args.output_dir = str(folder)
-    set_seed(args.seed)
-    model = build_reward_model(source, num_virtual_tokens)
-    cuts: Counter[str] = Counter()
-    trainer = PrefixRewardTrainer(
-        model=model,
-        args=args,
-        data_collator=PreferenceCollator(tokenizer),
-        train_dataset=tokenize_preferences(parts["train"], tokenizer, max_tokens, cuts),
-        eval_dataset=tokenize_preferences(parts["validation"], tokenizer, max_tokens, cuts),
-        processing_class=tokenizer,
-        callbacks=[PrefixGradientCheck(), ReadableLog(), StopOnSigterm(), LogBeforeSaving()],
-    )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args, folder))
-    best = trainer.state.best_model_checkpoint
-    if best is not None:
-        load_weights(model, best)
-        what = args.metric_for_best_model
-        logger.info("best epoch by validation %s: %s (%.3f)", what, best, trainer.state.best_metric)
-    logger.info("cut to %d tokens: %d contexts, %d responses", max_tokens, cuts["context"], cuts["response"])
-    return RewardModel(model, tokenizer, max_tokens)
-
-
-class PrefixGradientCheck(TrainerCallback):
-    """Stops a run whose prefix gets no gradient at the first step, and one whose gradient is no longer a number."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Look before each step: after it a checkpoint might hold what nothing can be learned from."""
-        gradient = soft_prefix(model).grad
-        if state.global_step == 0 and (gradient is None or not gradient.any()):
-            raise RunError("the prefix has no gradient at the first step: only the head would be trained")
-        if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
-            raise RunError(f"the gradient of step {state.global_step + 1} is not finite: lower learning_rate")

@@ -1,41 +1,132 @@
-"""Checkpoints that are whole or not there, and what runs add to Trainer's loop."""
+"""Checkpoints that are whole or not there, and how a run resumes from them."""
 
+import copy
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from accelerate.utils import gather
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
+from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
 
-from h2s.errors import InputError, RunError, Terminated
-from h2s.run.folder import logger, stop_request
+from h2s.errors import InputError, RunError
+
+logger = logging.getLogger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
-
-
 UNFINISHED, UNFINISHED_ADAPTER = "unfinished-checkpoint", "unfinished-adapter"
-
-
 PICKLED_ARGUMENTS = "training_args.bin"
+
+
+class Adapter(Protocol):
+    """What a trainer trains, as it is saved and pushed: a policy or a reward model."""
+
+    def write_card(self, folder: str | Path, report: str = "") -> None:
+        """Write its `README.md`."""
+
+    def push_to_hub(self, repo_id: str, report: str = "", **arguments: Any) -> str:
+        """Upload adapter, tokenizer, `h2s.json` and card in one commit."""
 
 
 class WholeCheckpoints(Trainer):
     """A Trainer whose checkpoints appear by a rename, after every process has written its part of them.
 
     Trainer writes a checkpoint file by file into its final folder: a kill in between leaves one that looks complete.
-    It has no hook for writing elsewhere, so the method that writes is overridden here.
+    It has no hook for writing elsewhere, so the method that writes is overridden here. Nor does anything but the
+    adapter go to the Hub: Trainer would upload the whole output folder.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    adapter: Adapter
+
+    def __init__(self, *, args: TrainingArguments, **kwargs: Any):
+        args = copy.copy(args)  # the caller's own stay as they are
+        self.pushes_at_end, args.push_to_hub = args.push_to_hub, False
+        super().__init__(args=args, **kwargs)
         # What is deleted is decided here: Trainer's own, at its end, deletes the newest file by file if limited to 1.
         self.kept, self.args.save_total_limit = self.args.save_total_limit, None
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; afterwards the model holds the step that is kept, and `push_to_hub: true` pushes it.
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint of `args.output_dir` (the run starts over,
+                and says so, where there is none), or the folder of one.
+            **kwargs: Trainer's.
+
+        Raises:
+            InputError: there is no such checkpoint, or another number of processes wrote it.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint) if resume_from_checkpoint else None
+        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self.load_kept()
+        if self.pushes_at_end:
+            self.push_to_hub()
+        return output
+
+    def load_kept(self) -> None:
+        """Bring the model to the step that is kept. Each trainer knows where that lies."""
+        raise NotImplementedError
+
+    def _checkpoint_to_resume(self, asked: bool | str | Path) -> str | None:
+        """The checkpoint to go on from, one that this run can go on from.
+
+        Raises:
+            InputError: as `train`.
+        """
+        run = Path(self.args.output_dir)
+        if self.args.should_save:
+            clear_unfinished(run)
+        if asked is True:
+            # A folder of this name is complete; one that is being written has another.
+            found = sorted(run.glob("checkpoint-*"), key=lambda f: int(f.name.rsplit("-", 1)[1]))
+            if not found:
+                logger.info("no checkpoint in %s yet: starting over", run)
+                return None
+            folder = found[-1]
+        else:
+            folder = Path(str(asked))
+            if not (folder / TRAINER_STATE_NAME).is_file():
+                raise InputError(f"resume_from_checkpoint must be True or a checkpoint's folder, got {asked}")
+        wrote, have = len(list(folder.glob("rng_state*.pth"))), self.args.world_size
+        if wrote != have:
+            raise InputError(f"{folder} was written by {wrote} processes, this run has {have}: start {wrote}")
+        self.args.eval_on_start = False  # this is not the start
+        logger.info("resuming from %s", folder)
+        return str(folder)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        report: str = "",
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str | None:
+        """Upload adapter, tokenizer, `h2s.json` and a card with `report`, and nothing else of the run.
+
+        Returns:
+            The repository's URL; None on processes that do not push.
+        """
+        args = self.args
+        if not self.is_world_process_zero():
+            return None
+        return self.adapter.push_to_hub(
+            args.hub_model_id or Path(args.output_dir).name,
+            report,
+            private=args.hub_private_repo,
+            token=token or args.hub_token,
+            revision=revision or args.hub_revision,
+            commit_message=commit_message,
+        )
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """Write h2s's card to `args.output_dir`, without TRL's arguments for its own."""
+        if self.is_world_process_zero():
+            self.adapter.write_card(self.args.output_dir)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Not one step more than there are: Trainer counts them after a step, so a finished run would make another."""
@@ -144,38 +235,6 @@ def clear_unfinished(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def checkpoint_to_resume(args: TrainingArguments, folder: Path) -> str | None:
-    """The checkpoint of the most steps in `folder` if the run resumes; None, and a line that says so, without one.
-
-    Raises:
-        InputError: another number of processes wrote it: their random states and shares of the data do not fit.
-    """
-    if not args.resume_from_checkpoint:
-        return None
-    if args.should_save:
-        clear_unfinished(folder)
-    # A folder of this name is complete; one that is being written has another.
-    found = sorted(folder.glob("checkpoint-*"), key=lambda f: int(f.name.rsplit("-", 1)[1]))
-    if not found:
-        logger.info("no checkpoint in %s yet: starting over", folder)
-        return None
-    wrote = len(list(found[-1].glob("rng_state*.pth")))
-    if wrote != args.world_size:
-        raise InputError(f"{found[-1]} was written by {wrote} processes, this run has {args.world_size}: start {wrote}")
-    args.eval_on_start = False  # this is not the start
-    logger.info("going on from %s", found[-1])
-    return str(found[-1])
-
-
-class ReadableLog(TrainerCallback):
-    """Writes each of Trainer's log lines to `train.log` in words and rounded numbers (the terminal has its own)."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """One line."""
-        parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in (logs or {}).items()]
-        logger.info("step %d: %s", state.global_step, "  ".join(parts), extra={"file_only": True})
-
-
 class EvaluateLastStep(TrainerCallback):
     """The last iteration is always evaluated, unless evaluations are off."""
 
@@ -183,39 +242,6 @@ class EvaluateLastStep(TrainerCallback):
         """Ask for an evaluation after the last step."""
         if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.NO:
             control.should_evaluate = True
-
-
-class StopOnSigterm(TrainerCallback):
-    """Saves at the end of the step in which a SIGTERM came to any process, and ends the run there."""
-
-    def __init__(self):
-        self.stopping = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """From here on there is something to save."""
-        stop_request.can_wait = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """All processes stop together: a scheduler may signal one of them first."""
-        came = torch.tensor([stop_request.came_at is not None], dtype=torch.int, device=args.device)
-        self.stopping = bool(gather(came).any())
-        # What is due at an epoch's end, an evaluation say, comes before the checkpoint of its last step.
-        control.should_save |= self.stopping and state.epoch % 1 != 0
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """The rest of the above."""
-        control.should_save |= self.stopping
-
-    def on_save(self, args, state, control, **kwargs):
-        """What was asked for is done."""
-        if self.stopping:
-            raise Terminated
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """It came too late for a step to see it; the last checkpoint holds all."""
-        stop_request.can_wait = False
-        if stop_request.came_at is not None:
-            raise Terminated
 
 
 class LogBeforeSaving(TrainerCallback):

@@ -1,4 +1,4 @@
-"""A run: its folder `<output_dir>/<run_name>/`, its log, and how it ends, in one line and with an exit code.
+"""A recipe's run: its folder `<output_dir>/<run_name>/`, its log, and how it ends, in one line and with an exit code.
 
 0 done, 1 a fault of the run or the machine, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
 """
@@ -14,45 +14,173 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather
 from torch import distributed
+from transformers import TrainerCallback
 
 from h2s.errors import InputError, RunError, Terminated
-from h2s.run.recipe import split_mismatch
+from h2s.run.recipe import split_mismatch, write_recipe
 
+# Of the whole package: what any module logs goes to a run's log.
 logger = logging.getLogger("h2s")
 
-
-LOG_FILE = "train.log"
-
-
-claimed: list[Path] = []  # the folder of this process's run
+LOG_FILE, RECIPE_FILE = "train.log", "recipe.yaml"
+# A launcher passes on what a scheduler has sent to every process: two signals within these seconds are one.
+ONE_SIGNAL = 5
 
 
-def create_run_folder(output_dir: str, run_name: str | None, resume: bool = False, dataset: Any = None) -> Path:
-    """The run's folder, made by the first process; every process gets the same one.
+class StopRequest:
+    """A SIGTERM that came while a training loop can still save; outside of one it ends the process at once."""
 
-    Args:
-        output_dir: folder of the runs' folders.
-        run_name: its name there; a timestamp by default.
-        resume: whether one that exists is gone on with.
-        dataset: the recipe's section `dataset`; one that is gone on with has to have begun with the same split.
+    def __init__(self) -> None:
+        self.came_at: float | None = None
+        self.can_wait = False
 
-    Raises:
-        InputError: the folder cannot be made, or it exists and holds something and the run does not resume it, or
-            it began with another split (what it learnt from would be reported on).
+    def __call__(self, number, frame) -> None:
+        """Python's signal handler."""
+        if self.came_at is None:
+            self.came_at = time.monotonic()
+        elif time.monotonic() - self.came_at > ONE_SIGNAL:
+            raise Terminated
+        if not self.can_wait:
+            raise Terminated
+
+
+class Run:
+    """What a recipe's run owns, from its first check to its exit code.
+
+    Attributes:
+        folder: where its files go; None until `start`.
+        stop: whether it was asked to stop.
     """
-    state = PartialState()
-    name = [run_name or time.strftime("%Y%m%d-%H%M%S")]
-    broadcast_object_list(name)
-    folder = Path(output_dir) / name[0]
-    problem = [_make(folder, resume, dataset) if state.is_main_process else None]
-    broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise InputError(problem[0])
-    claimed[:] = [folder]
-    return folder
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.stop = StopRequest()
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes the run's files; no other does."""
+        return PartialState().is_main_process
+
+    def start(self, model: Any, dataset: Any, task: Any, resume: bool = False) -> Path:
+        """Make the run's folder, the same for every process, begin its log and save its recipe.
+
+        Args:
+            model: the recipe's section `model`.
+            dataset: the recipe's section `dataset`.
+            task: the recipe's section `task`, with `output_dir` and `run_name` (a timestamp by default).
+            resume: whether a run that exists is resumed, with the same split.
+
+        Raises:
+            InputError: the folder cannot be made, or it exists and holds something and the run does not resume it, or
+                it began with another split (what it learnt from would be reported on).
+        """
+        name = [task.run_name or time.strftime("%Y%m%d-%H%M%S")]
+        broadcast_object_list(name)
+        folder = Path(task.output_dir) / name[0]
+        problem = [_make(folder, resume, dataset) if self.is_main_process else None]
+        broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise InputError(problem[0])
+        self.folder = folder
+        self._start_log(folder)
+        if self.is_main_process:
+            write_recipe(folder / RECIPE_FILE, model, dataset, task)
+        return folder
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What a trainer does for its run: a readable log, and a checkpoint before it stops."""
+        return [ReadableLog(), StopOnSigterm(self.stop)]
+
+    def _start_log(self, folder: Path) -> None:
+        """From here on, what `logger` says goes to `train.log` and to the terminal, from the first process alone."""
+        # TRL 1.16 asks models for it by its old name at every generation.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        logger.propagate = False
+        if not self.is_main_process:
+            logger.addHandler(logging.NullHandler())
+            return
+        logger.setLevel(logging.DEBUG)
+        file = _LogFile(folder / LOG_FILE, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(file)
+        terminal = logging.StreamHandler(sys.stdout)
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        terminal.setLevel(logging.INFO)
+        terminal.addFilter(lambda record: not getattr(record, "file_only", False))
+        logger.addHandler(terminal)
+
+    def close(self) -> None:
+        """End the log."""
+        logger.propagate = True
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+
+    def say(self, line: str, everyone: bool = False) -> None:
+        """One line on stderr and in the log; from the first process alone, unless it is this process's own affair."""
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or everyone:
+            print(line if rank == 0 else f"process {rank}: {line}", file=sys.stderr, flush=True)
+            logger.info(line, extra={"file_only": True})
+
+    def how_to_go_on(self) -> str:
+        """What is safe, and the flags that go on from it."""
+        if self.folder is None:
+            return "nothing was written"
+        flags = f"--output_dir {self.folder.parent} --run_name {self.folder.name} --resume_from_checkpoint true"
+        saved = [f.name for f in self.folder.glob("checkpoint-*")]
+        newest = max(saved, key=lambda name: int(name.rsplit("-", 1)[1])) if saved else "no checkpoint yet"
+        best = ", the best adapter at its root" if (self.folder / "adapter_model.safetensors").is_file() else ""
+        return f"{self.folder} holds {newest}{best}: the same command with {flags} goes on"
+
+
+def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., None]:
+    """Decorate a recipe's `main(run, argv)`: whatever ends it is told in one line with an exit code.
+
+    A fault's traceback goes to `train.log`; before there is a run's folder it is left to Python.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> None:
+        run = Run()
+        previous = signal.signal(signal.SIGTERM, run.stop)
+        try:
+            main(run, argv)
+            if distributed.is_initialized():
+                # Left to the interpreter's end, gloo's threads may want its lock when it is gone: an abort, at random.
+                # Not after a fault: with NCCL it could wait for processes that are in a collective.
+                distributed.destroy_process_group()
+        except InputError as error:
+            run.say(f"error: {_one_line(error)}")
+            sys.exit(2)
+        except KeyboardInterrupt:
+            run.say(f"interrupted by Ctrl-C; {run.how_to_go_on()}")
+            sys.exit(130)
+        except Terminated:
+            run.say(f"ended by SIGTERM; {run.how_to_go_on()}")
+            sys.exit(143)
+        except Exception as error:
+            if run.folder is None:
+                raise
+            logger.debug("", exc_info=True, extra={"file_only": True})
+            alike = isinstance(error, RunError)
+            name = "" if alike else f"{type(error).__name__}: "
+            run.say(f"error: {name}{_one_line(error)}; {run.how_to_go_on()}", everyone=not alike)
+            sys.exit(1)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            run.close()
+
+    return wrapped
+
+
+def _one_line(error: BaseException) -> str:
+    """Without what a terminal would obey: a message may quote a file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
 
 
 def _make(folder: Path, resume: bool, dataset: Any) -> str | None:
@@ -66,7 +194,7 @@ def _make(folder: Path, resume: bool, dataset: Any) -> str | None:
         return f"{folder} cannot be written to: choose another output_dir"
     if taken:
         return f"{folder} exists: choose another run_name, or go on with --resume_from_checkpoint true"
-    return split_mismatch(folder / "recipe.yaml", dataset) if dataset is not None else None
+    return split_mismatch(folder / RECIPE_FILE, dataset) if resume else None
 
 
 class _LogFile(logging.FileHandler):
@@ -74,114 +202,44 @@ class _LogFile(logging.FileHandler):
         """Quiet: a full disk is told of in one line, by what cannot do without it."""
 
 
-def start_log(folder: Path) -> None:
-    """From here on, what `logger` says goes to `train.log` and to the terminal, from the first process alone."""
-    # TRL 1.16 asks models for it by its old name at every generation.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    logger.propagate = False
-    if not PartialState().is_main_process:
-        logger.addHandler(logging.NullHandler())
-        return
-    logger.setLevel(logging.DEBUG)
-    file = _LogFile(folder / LOG_FILE, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logger.addHandler(file)
-    terminal = logging.StreamHandler(sys.stdout)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    terminal.setLevel(logging.INFO)
-    terminal.addFilter(lambda record: not getattr(record, "file_only", False))
-    logger.addHandler(terminal)
+class ReadableLog(TrainerCallback):
+    """Writes each of Trainer's log lines to `train.log` in words and rounded numbers (the terminal has its own)."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """One line."""
+        parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in (logs or {}).items()]
+        logger.info("step %d: %s", state.global_step, "  ".join(parts), extra={"file_only": True})
 
 
-# A launcher passes on what a scheduler has sent to every process: two signals within these seconds are one.
-ONE_SIGNAL = 5
+class StopOnSigterm(TrainerCallback):
+    """Saves at the end of the step in which a SIGTERM came to any process, and ends the run there."""
 
+    def __init__(self, request: StopRequest):
+        self.request = request
+        self.stopping = False
 
-class _StopRequest:
-    """Whether a SIGTERM came while a training loop can still save; outside of one it ends the process at once."""
+    def on_train_begin(self, args, state, control, **kwargs):
+        """From here on there is something to save."""
+        self.request.can_wait = True
 
-    def __init__(self) -> None:
-        self.reset()
+    def on_step_end(self, args, state, control, **kwargs):
+        """All processes stop together: a scheduler may signal one of them first."""
+        came = torch.tensor([self.request.came_at is not None], dtype=torch.int, device=args.device)
+        self.stopping = bool(gather(came).any())
+        # What is due at an epoch's end, an evaluation say, comes before the checkpoint of its last step.
+        control.should_save |= self.stopping and state.epoch % 1 != 0
 
-    def reset(self) -> None:
-        self.came_at: float | None = None
-        self.can_wait = False
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """The rest of the above."""
+        control.should_save |= self.stopping
 
-    def __call__(self, number, frame) -> None:
-        if self.came_at is None:
-            self.came_at = time.monotonic()
-        elif time.monotonic() - self.came_at > ONE_SIGNAL:
-            raise Terminated
-        if not self.can_wait:
+    def on_save(self, args, state, control, **kwargs):
+        """What was asked for is done."""
+        if self.stopping:
             raise Terminated
 
-
-stop_request = _StopRequest()
-
-
-def say(line: str, everyone: bool = False) -> None:
-    """One line on stderr and in the log; from the first process alone, unless it is this process's own affair."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0 or everyone:
-        print(line if rank == 0 else f"process {rank}: {line}", file=sys.stderr, flush=True)
-        logger.info(line, extra={"file_only": True})
-
-
-def reports_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a recipe's `main`: whatever ends it is told in one line with an exit code.
-
-    A fault's traceback goes to `train.log`; before there is a run's folder it is left to Python.
-    """
-
-    @functools.wraps(main)
-    def wrapped(*args, **kwargs) -> None:
-        claimed.clear()
-        stop_request.reset()
-        previous = signal.signal(signal.SIGTERM, stop_request)
-        try:
-            main(*args, **kwargs)
-            if distributed.is_initialized():
-                # Left to the interpreter's end, gloo's threads may want its lock when it is gone: an abort, at random.
-                # Not after a fault: with NCCL it could wait for processes that are in a collective.
-                distributed.destroy_process_group()
-        except InputError as error:
-            say(f"error: {_one_line(error)}")
-            sys.exit(2)
-        except KeyboardInterrupt:
-            say(f"interrupted by Ctrl-C; {_how_to_go_on()}")
-            sys.exit(130)
-        except Terminated:
-            say(f"ended by SIGTERM; {_how_to_go_on()}")
-            sys.exit(143)
-        except Exception as error:
-            if not claimed:
-                raise
-            logger.debug("", exc_info=True, extra={"file_only": True})
-            alike = isinstance(error, RunError)
-            name = "" if alike else f"{type(error).__name__}: "
-            say(f"error: {name}{_one_line(error)}; {_how_to_go_on()}", everyone=not alike)
-            sys.exit(1)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-
-    return wrapped
-
-
-def _one_line(error: BaseException) -> str:
-    """Without what a terminal would obey: a message may quote a file."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
-
-
-def _how_to_go_on() -> str:
-    """What is safe, and the flags that go on from it."""
-    if not claimed:
-        return "nothing was written"
-    folder = claimed[0]
-    flags = f"--output_dir {folder.parent} --run_name {folder.name} --resume_from_checkpoint true"
-    saved = [f.name for f in folder.glob("checkpoint-*")]
-    newest = max(saved, key=lambda name: int(name.rsplit("-", 1)[1])) if saved else "no checkpoint yet"
-    best = ", the best adapter at its root" if (folder / "adapter_model.safetensors").is_file() else ""
-    return f"{folder} holds {newest}{best}: the same command with {flags} goes on"
+    def on_train_end(self, args, state, control, **kwargs):
+        """It came too late for a step to see it; the last checkpoint holds all."""
+        self.request.can_wait = False
+        if self.request.came_at is not None:
+            raise Terminated

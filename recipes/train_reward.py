@@ -15,7 +15,6 @@ from h2s.hub import push_adapter, write_card
 from h2s.models import load_config, load_tokenizer, model_source
 from h2s.report.accuracy import (
     PAIRS,
-    FrozenFeatures,
     accuracy_line,
     accuracy_report,
     pair_table,
@@ -62,13 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         write_recipe(folder / "recipe.yaml", model_args, data_args, args)
     push_to_hub, args.push_to_hub = args.push_to_hub, False  # ours pushes by allow-list, at the end
     logger.info("%s\n%s", preferences.summary(), sheet_report(preferences))
-    features = FrozenFeatures(source, tokenizer, max_tokens, preferences.dataset, args.device)
 
     def train(split, where) -> RewardModel:
         return train_reward_model(source, model_args.num_virtual_tokens, tokenizer, max_tokens, split, args, where)
-
-    def score(reward: RewardModel, split) -> pd.DataFrame:
-        return pair_table(reward, split["test"], features.margins(split["train"], split["test"]))
 
     ####################
     # Cross-validation #
@@ -78,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     for number, split in enumerate(folds, start=1):
         where = folder / "folds" / str(number)
         if not (where / PAIRS).is_file():  # a resumed run has it already
-            table = score(train(split, where), split)
+            table = pair_table(train(split, where), split["test"])
             if args.should_save:
                 shutil.rmtree(where, ignore_errors=True)  # its checkpoints
                 where.mkdir(parents=True)
@@ -104,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.should_save:
             continue
         reward.save(where)
-        table = score(reward, split)
+        table = pair_table(reward, split["test"])
         text = accuracy_report(table, "on conversations that this model never saw")
         if tables and role == "reward":
             what = f"on all conversations, each by a model that never saw it ({len(tables)} folds)"

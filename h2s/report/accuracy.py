@@ -1,8 +1,8 @@
 """How far a reward model can be trusted: its accuracy on pairs that it never saw, beside baselines on the same pairs.
 
 A *pair table* has a row a judged pair: `conversation`, `row` (of the sheet), `label` (0 the policy's response is
-better, 1 the reference's), `margin` (the model's chosen minus rejected), `linear` (the same of the linear baseline) and
-`length_difference` (characters, chosen minus rejected).
+better, 1 the reference's), `margin` (the model's chosen minus rejected) and `length_difference` (characters, chosen
+minus rejected).
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from tqdm.auto import tqdm
-from transformers import AutoModel, PreTrainedTokenizerBase
 
 from h2s.data.datasets import LABELS, POLICY_BETTER, Preferences
-from h2s.errors import InputError
 from h2s.report.intervals import difference_text, share_interval, share_text
-from h2s.reward.model import RewardModel, context_text, encode_pair
+from h2s.reward.model import RewardModel
 
 ACCURACY_REPORT, ACCURACY_PICTURE, PAIRS = "accuracy.md", "accuracy.png", "pairs.parquet"
 
@@ -33,11 +26,8 @@ ACCURACY_REPORT, ACCURACY_PICTURE, PAIRS = "accuracy.md", "accuracy.png", "pairs
 CONFIDENCE_BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-BATCH_SIZE = 64
-
-
 # On the picture: what the bar is called, and the column of the pair table.
-BASELINES = {"longer wins": "length_difference", "linear": "linear"}
+BASELINES = {"longer wins": "length_difference"}
 
 
 def sheet_report(preferences: Preferences) -> str:
@@ -60,60 +50,8 @@ def sheet_report(preferences: Preferences) -> str:
     )
 
 
-class FrozenFeatures:
-    """What the untrained BERT sees in each pair: [CLS], the mean token and the mean response token, as differences.
-
-    Args:
-        source: the BERT's folder or Hub name.
-        tokenizer: the BERT's.
-        max_tokens: text tokens of a (context, response) pair.
-        dataset: all pairs of a sheet.
-        device: where to compute.
-
-    Raises:
-        InputError: the model cannot be loaded.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int,
-        dataset: Dataset,
-        device: str | torch.device = "cpu",
-    ):
-        try:
-            bert = AutoModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False).eval().to(device)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"no encoder can be loaded from {source}: {error}") from error
-        rows = [
-            encode_pair(tokenizer, context_text(row["prompt"]), row[side], max_tokens)
-            for side in ("chosen", "rejected")
-            for row in dataset
-        ]
-        features = np.empty((len(rows), 3 * bert.config.hidden_size), dtype=np.float32)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        for start in tqdm(range(0, len(order), BATCH_SIZE), desc="frozen features", leave=False):
-            chunk = order[start : start + BATCH_SIZE]
-            batch = tokenizer.pad([rows[i] for i in chunk], return_tensors="pt").to(device)
-            with torch.no_grad():
-                hidden = bert(**batch).last_hidden_state  # (B, T, H)
-            text, response = batch["attention_mask"], batch["attention_mask"] * batch["token_type_ids"]
-            means = [(hidden * m[..., None]).sum(1) / m.sum(1, keepdim=True) for m in (text, response)]
-            features[chunk] = torch.cat([hidden[:, 0], *means], dim=1).cpu().numpy()
-        chosen, rejected = np.split(features, 2)
-        self.differences = dict(zip(dataset["row"], chosen - rejected, strict=True))
-
-    def margins(self, train: Dataset, test: Dataset) -> np.ndarray:
-        """Fit a logistic regression (no intercept, C 0.01) on `train`, return chosen minus rejected on `test`, (N,)."""
-        x = np.stack([self.differences[row] for row in train["row"]])
-        linear = make_pipeline(StandardScaler(with_mean=False), LogisticRegression(C=0.01, fit_intercept=False))
-        linear.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)))
-        return linear.decision_function(np.stack([self.differences[row] for row in test["row"]]))
-
-
-def pair_table(reward: RewardModel, test: Dataset, linear: Sequence[float] | np.ndarray) -> pd.DataFrame:
-    """Score pairs that `reward` has not seen; `linear` holds the linear baseline's margins on them."""
+def pair_table(reward: RewardModel, test: Dataset) -> pd.DataFrame:
+    """Score pairs that `reward` has not seen."""
     chosen = reward.score(test["prompt"], test["chosen"], "scoring")
     rejected = reward.score(test["prompt"], test["rejected"], "scoring")
     lengths = [len(c) - len(r) for c, r in zip(test["chosen"], test["rejected"], strict=True)]
@@ -123,7 +61,6 @@ def pair_table(reward: RewardModel, test: Dataset, linear: Sequence[float] | np.
             "row": test["row"],
             "label": test["label"],
             "margin": (chosen - rejected).double().numpy(),
-            "linear": np.asarray(linear, dtype=float),
             "length_difference": lengths,
         }
     )
@@ -180,18 +117,15 @@ def length_groups(table: pd.DataFrame) -> pd.Series:
 def accuracy_report(table: pd.DataFrame, what: str) -> str:
     """The pair table as Markdown, for people. `what` says which pairs these are."""
     conversations = table["conversation"].tolist()
-    model, linear = right(table["margin"]), right(table["linear"])
-    longer = right(table["length_difference"])
+    model, longer = right(table["margin"]), right(table["length_difference"])
     bins = calibration(table)
     lines = [
         f"| {what} | accuracy, 95% interval |",
         "|---|---|",
         f"| this model | {share_text(model.tolist(), conversations)} |",
         f"| the longer response wins | {share_text(longer.tolist(), conversations)} |",
-        f"| linear model on the frozen BERT's features | {share_text(linear.tolist(), conversations)} |",
         "| chance | 0.500 |",
         f"| this model minus the longer response | {difference_text((model - longer).tolist(), conversations)} |",
-        f"| this model minus the linear one | {difference_text((model - linear).tolist(), conversations)} |",
         "",
         "| it says so with a probability of | pairs | mean probability | right, 95% interval |",
         "|---|---|---|---|",

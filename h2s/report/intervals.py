@@ -6,24 +6,51 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, t
+from statsmodels.regression.linear_model import OLS
 
 
-def mean_interval(
-    values: Sequence[float], clusters: Sequence[str], resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """A mean with its 95% percentile-bootstrap interval, resampled by conversation.
+def mean_interval(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float, float]:
+    """A mean with its 95% cluster-robust interval; rows of equal cluster (conversation) may depend on one another.
 
-    Whole conversations are drawn (Field and Welsh 2007).
+    Where every row is a conversation of its own this is the one-sample t interval.
 
     Returns:
         mean, lower and upper end. With a single conversation the interval is the mean itself: it says nothing.
     """
-    frame = pd.DataFrame({"value": np.asarray(values, dtype=float), "cluster": list(clusters)})
-    grouped = frame.groupby("cluster")["value"].agg(["sum", "count"])
-    sums, counts = grouped["sum"].to_numpy(), grouped["count"].to_numpy()
-    draws = np.random.default_rng(seed).integers(0, len(sums), size=(resamples, len(sums)))
-    low, high = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), [2.5, 97.5])
-    return float(frame["value"].mean()), float(low), float(high)
+    return _least_squares(values, np.ones((len(values), 1)), clusters)[:3]
+
+
+def _least_squares(
+    values: Sequence[float], regressors: np.ndarray, clusters: Sequence[str]
+) -> tuple[float, float, float, np.ndarray]:
+    """Least squares, and a 95% interval of the first coefficient that takes conversations, not rows, as independent.
+
+    The errors are cluster-robust (Liang and Zeger 1986, doi 10.1093/biomet/73.1.13), Student's t has G - 1 degrees of
+    freedom for G conversations (Cameron and Miller 2015, doi 10.3368/jhr.50.2.317).
+
+    Args:
+        values: (N,).
+        regressors: (N, k).
+        clusters: the conversation of each row, (N,).
+
+    Returns:
+        The first coefficient, its lower and upper end, and all coefficients (k,). The ends are the first coefficient
+        itself where there are no more conversations than coefficients: these can then fit every conversation, and leave
+        no error to judge by.
+    """
+    y = np.asarray(values, dtype=float)
+    names, groups = np.unique(np.asarray(clusters), return_inverse=True)
+    fit = OLS(y, regressors).fit()
+    first = np.full(3, fit.params[0])
+    if len(names) > len(fit.params):
+        robust = fit.get_robustcov_results("cluster", groups=groups, df_correction=True, use_t=True)
+        # Rounding can put a variance of 0 just below 0, and its root is not a number: the interval has no width.
+        with np.errstate(invalid="ignore"):
+            first[1:] = np.nan_to_num(robust.conf_int()[0], nan=first[0])
+    # Nor may rounding give a sign to what is 0: a gain that is length alone would be left with one.
+    first[np.abs(first) <= 1e-9 * np.abs(y).max()] = 0
+    left, low, high = first.tolist()
+    return left, low, high, fit.params
 
 
 def share_interval(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float, float]:
@@ -83,33 +110,19 @@ def sign_test_text(differences: Sequence[float], clusters: Sequence[str]) -> str
 
 
 def adjusted_interval(
-    values: Sequence[float],
-    covariate: Sequence[float],
-    clusters: Sequence[str],
-    resamples: int = 10_000,
-    seed: int = 0,
+    values: Sequence[float], covariate: Sequence[float], clusters: Sequence[str]
 ) -> tuple[float, float, float, float]:
     """What is left of a mean difference at a covariate of 0: the intercept of values = a + b covariate (ANCOVA).
 
-    Values and covariate are paired differences, so a is the difference between replies of equal length. Interval: 95%
-    percentile bootstrap over conversations. Where the covariate does not vary, b is 0.
+    Values and covariate are paired differences, so a is the difference between replies of equal length. The interval is
+    cluster-robust as that of `mean_interval`. Where the covariate does not vary, b is 0 and a is the mean.
 
     Returns:
-        a, its lower and upper end, and b.
+        a, its lower and upper end, and b. With fewer than three conversations the interval is a itself (fewer than two
+        where b is 0).
     """
-    x, y = np.asarray(covariate, dtype=float), np.asarray(values, dtype=float)
-    frame = pd.DataFrame({"n": 1.0, "x": x, "y": y, "xx": x * x, "xy": x * y, "cluster": list(clusters)})
-    sums = frame.groupby("cluster").sum().to_numpy()  # (conversations, 5)
-    draws = np.random.default_rng(seed).integers(0, len(sums), size=(resamples, len(sums)))
-    intercepts, _ = _line(sums[draws].sum(1))
-    low, high = np.percentile(intercepts, [2.5, 97.5])
-    intercept, slope = _line(sums.sum(0, keepdims=True))
-    return float(intercept[0]), float(low), float(high), float(slope[0])
-
-
-def _line(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares from the sums of 1, x, y, xx and xy: (N, 5) -> intercepts (N,), slopes (N,)."""
-    n, x, y, xx, xy = sums.T
-    spread = xx - x * x / n
-    slope = np.divide(xy - x * y / n, spread, out=np.zeros_like(n), where=spread > 1e-9 * np.maximum(xx, 1e-300))
-    return (y - slope * x) / n, slope
+    x = np.asarray(covariate, dtype=float)
+    if np.ptp(x) <= 1e-9 * np.abs(x).max():
+        return *mean_interval(values, clusters), 0.0
+    left, low, high, (_, slope) = _least_squares(values, np.stack([np.ones_like(x), x], axis=1), clusters)
+    return left, low, high, float(slope)

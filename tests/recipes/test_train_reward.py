@@ -94,7 +94,7 @@ def test_every_pair_is_judged_once_by_a_model_that_never_saw_it(resumed, dataset
         pair = by_row[row.row]
         assert (row.conversation, row.label) == (pair["conversation"], pair["label"])
         assert row.length_difference == len(pair["chosen"]) - len(pair["rejected"])
-    assert pairs["margin"].nunique() > 30 and pairs["linear"].nunique() > 30
+    assert pairs["margin"].nunique() > 30
     # Each fold's model was trained on that fold's other conversations, and its table is of its own.
     folds = folds_by_conversation(dataset, FOLDS, 42)
     for number, (split, (_, parts)) in enumerate(zip(folds, [*resumed.before[:2], resumed.after[0]], strict=True), 1):

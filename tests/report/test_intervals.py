@@ -14,57 +14,107 @@ from h2s.report.intervals import (
     sign_test_text,
 )
 
+
+def sandwich(values, regressors, clusters):
+    """The first coefficient of least squares and its 95% interval, term by term: (N,), (N, k), (N,)."""
+    y, x, clusters = np.asarray(values, dtype=float), np.asarray(regressors, dtype=float), np.asarray(clusters)
+    (rows, k), names = x.shape, sorted(set(clusters))
+    bread = np.linalg.inv(x.T @ x)
+    coefficients = bread @ x.T @ y
+    meat = np.zeros((k, k))
+    for name in names:
+        score = x[clusters == name].T @ (y - x @ coefficients)[clusters == name]
+        meat += np.outer(score, score)
+    small = len(names) / (len(names) - 1) * (rows - 1) / (rows - k)
+    half = stats.t.ppf(0.975, len(names) - 1) * math.sqrt(small * (bread @ meat @ bread)[0, 0])
+    return coefficients[0], coefficients[0] - half, coefficients[0] + half
+
+
+@pytest.fixture
+def sample():
+    """12 conversations of 1 to 5 rows, mixed: 0.7 + 0.3 x, an effect of the conversation, and noise."""
+    random = np.random.default_rng(5)
+    sizes = random.integers(1, 6, 12)
+    clusters = np.repeat([f"c{i:02}" for i in range(12)], sizes)
+    x = random.integers(-20, 30, len(clusters)).astype(float)
+    y = 0.7 + 0.3 * x + np.repeat(random.normal(size=12), sizes) + random.normal(size=len(clusters))
+    order = random.permutation(len(clusters))
+    return y[order], x[order], clusters[order]
+
+
+def with_ones(x):
+    return np.stack([np.ones_like(x), x], 1)
+
+
 # Means
 
 
-def test_interval_of_a_sample_is_that_of_theory():
-    """Clusters of one row are the ordinary bootstrap: near the mean's standard error times 1.96."""
-    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    mean, low, high = mean_interval(values, [str(i) for i in range(400)])
-    error = values.std() / math.sqrt(400)
-    assert mean == pytest.approx(values.mean())
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
-    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+def test_mean_interval_is_the_cluster_sandwich(sample):
+    y, _, clusters = sample
+    assert mean_interval(y, clusters) == pytest.approx(sandwich(y, np.ones((len(y), 1)), clusters))
 
 
-def test_interval_equals_scipys_bootstrap():
-    values = np.random.default_rng(2).exponential(1.0, 40)
-    _, low, high = mean_interval(values, [str(i) for i in range(40)], resamples=20_000)
-    theirs = stats.bootstrap(
-        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+def test_interval_of_independent_rows_is_the_one_sample_t_interval():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 25)
+    theirs = stats.ttest_1samp(values, 0).confidence_interval()
+    expected = (values.mean(), theirs.low, theirs.high)
+    assert mean_interval(values, [str(i) for i in range(25)]) == pytest.approx(expected)
 
 
-def test_whole_conversations_are_drawn():
-    """Rows that repeat their conversation's value add nothing: the interval is that of the conversations."""
+def test_repeated_rows_add_nothing():
+    """Rows that repeat their conversation's value: the interval is that of the conversations."""
     values = np.random.default_rng(3).normal(size=30)
     clusters = [str(i) for i in range(30)]
     once = mean_interval(values, clusters)
-    repeated = mean_interval(np.repeat(values, 10), np.repeat(clusters, 10))
-    assert repeated == pytest.approx(once)
+    assert mean_interval(np.repeat(values, 10), np.repeat(clusters, 10)) == pytest.approx(once)
     as_if_independent = mean_interval(np.repeat(values, 10), list(range(300)))
     assert as_if_independent[2] - as_if_independent[1] < 0.5 * (once[2] - once[1])
 
 
-def test_interval_of_two_conversations_by_hand():
-    """(0 0 0) and (4): a draw holds the first twice, the second twice, or both; the mean weighs rows, so 1 of 4."""
-    mean, low, high = mean_interval([0, 0, 0, 4], ["a", "a", "a", "b"])
-    assert (mean, low, high) == (1, 0, 4)
-    # A single draw holds both half of the time.
-    draws = [mean_interval([0, 0, 0, 4], ["a", "a", "a", "b"], resamples=1, seed=s)[1] for s in range(400)]
-    assert set(draws) == {0, 1, 4}
-    assert draws.count(1) / 400 == pytest.approx(0.5, abs=0.08)
+@pytest.mark.parametrize(
+    ("groups", "error", "t"),
+    [
+        # Residual sums -3 and 3: Var = 2 * 18 / 4^2 = 9 / 4.
+        ([[0, 0, 0], [4]], 3 / 2, 12.7062),
+        # Residual sums -3, 0, 3: Var = 3 / 2 * 18 / 6^2 = 3 / 4.
+        ([[1, 0], [2, 2], [2, 5]], math.sqrt(3) / 2, 4.30265),
+    ],
+)
+def test_mean_interval_by_hand(groups, error, t):
+    values = [v for group in groups for v in group]
+    clusters = [str(i) for i, group in enumerate(groups) for _ in group]
+    mean = sum(values) / len(values)
+    assert mean_interval(values, clusters) == pytest.approx((mean, mean - t * error, mean + t * error), rel=1e-5)
 
 
-def test_interval_of_one_conversation_is_its_mean():
-    assert mean_interval([1, 2, 6], ["a"] * 3) == (3, 3, 3)
+@pytest.mark.parametrize("values", [[1, 2, 6], [3]])
+def test_interval_of_one_conversation_is_its_mean(values):
+    assert mean_interval(values, ["a"] * len(values)) == pytest.approx((3, 3, 3))
 
 
-def test_interval_is_the_same_each_time():
-    values, clusters = np.random.default_rng(4).normal(size=20), [str(i // 2) for i in range(20)]
-    assert mean_interval(values, clusters) == mean_interval(values, clusters)
-    assert mean_interval(values, clusters, seed=1) != mean_interval(values, clusters)
+@pytest.mark.parametrize("value", [0.0, 0.1, -33.3])
+@pytest.mark.parametrize("conversations", [1, 2, 7])
+@pytest.mark.filterwarnings("error")
+def test_interval_of_equal_values_has_no_width(value, conversations):
+    clusters = [str(i % conversations) for i in range(14)]
+    assert mean_interval([value] * 14, clusters) == pytest.approx((value,) * 3)
+    adjusted = adjusted_interval([value] * 14, range(14), clusters)
+    assert adjusted == pytest.approx((value, value, value, 0), abs=1e-12)
+
+
+def test_intervals_cover_the_truth():
+    """12 conversations of unlike sizes that differ as much as their rows do; binomially, 380 of 400 give or take 4."""
+    random = np.random.default_rng(7)
+    sizes = np.repeat([2, 4, 6], 4)
+    clusters = np.repeat(range(12), sizes)
+    held = as_if_independent = 0
+    for _ in range(400):
+        values = np.repeat(random.normal(size=12), sizes) + random.normal(size=48)
+        _, low, high = mean_interval(values, clusters)
+        held += low <= 0 <= high
+        _, low, high = mean_interval(values, range(48))
+        as_if_independent += low <= 0 <= high
+    assert held >= 365 and as_if_independent < 340
 
 
 # Shares
@@ -152,7 +202,9 @@ def test_halves_are_shares_too():
 def test_texts():
     assert share_text([1, 1, 0, 0], ["a"] * 4) == "0.500 [0.002, 0.998], n=4 (1 conversations)"
     assert difference_text([1, 2, 6], ["a"] * 3) == "+3.000 (no interval)"
-    assert difference_text([0, 0, 0, -4], ["a", "a", "a", "b"]) == "-1.000 [-4.000, +0.000]"
+    assert difference_text([0, 0, 0, -4], ["a", "a", "a", "b"]) == "-1.000 [-20.059, +18.059]"
+    # Least squares leave it a hair below 0.
+    assert difference_text([1, -1], ["a", "a"]) == "+0.000 (no interval)"
 
 
 @pytest.mark.parametrize(
@@ -178,54 +230,62 @@ def test_sign_test_counts_conversations():
 # At equal length
 
 
-@pytest.fixture
-def sample():
-    """12 conversations of 3 rows: 0.7 + 0.3 x, an effect of the conversation, and noise."""
-    random = np.random.default_rng(5)
-    clusters = np.repeat([f"c{i:02}" for i in range(12)], 3)
-    x = random.integers(-20, 30, 36).astype(float)
-    return 0.7 + 0.3 * x + np.repeat(random.normal(size=12), 3) + random.normal(size=36), x, clusters
-
-
-def line(x, y):
-    return np.linalg.lstsq(np.stack([np.ones_like(x), x], 1), y, rcond=None)[0]
-
-
-def test_adjusted_difference_is_least_squares(sample):
+def test_adjusted_interval_is_the_cluster_sandwich(sample):
     y, x, clusters = sample
     left, low, high, slope = adjusted_interval(y, x, clusters)
-    assert (left, slope) == pytest.approx(tuple(line(x, y)))
-    assert low < left < high
+    assert (left, low, high) == pytest.approx(sandwich(y, with_ones(x), clusters))
+    assert slope == pytest.approx(np.polyfit(x, y, 1)[0])
     assert left != pytest.approx(y.mean(), abs=0.5)  # the length made a difference
 
 
-def test_adjusted_ends_equal_a_slow_loop(sample):
-    """Each draw's rows put together and fitted anew, in rows shuffled so that conversations are not neighbours."""
-    y, x, clusters = (part[np.random.default_rng(6).permutation(36)] for part in map(np.asarray, sample))
-    _, low, high, _ = adjusted_interval(y, x, clusters, resamples=300, seed=9)
-    names = np.unique(clusters)
-    intercepts = []
-    for draw in np.random.default_rng(9).integers(0, 12, size=(300, 12)):
-        rows = np.concatenate([np.flatnonzero(clusters == names[i]) for i in draw])
-        intercepts.append(line(x[rows], y[rows])[0])
-    assert (low, high) == pytest.approx(tuple(np.percentile(intercepts, [2.5, 97.5])))
+def test_adjusted_interval_by_hand():
+    """Conversations a, a, b, c at x = -1, 1, 0, 0: a = 1, b = 1 and residuals 1, 1, -1, -1.
+
+    Their sums are 2, -1, -1, and x is 0 on average, so Var = 6 / 4^2 * 3 / 2 * 3 / 2 = 27 / 32.
+    """
+    half = 4.30265 * math.sqrt(27 / 32)
+    adjusted = adjusted_interval([1, 3, 0, 0], [-1, 1, 0, 0], list("aabc"))
+    assert adjusted == pytest.approx((1, 1 - half, 1 + half, 1), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
 def test_gain_that_is_length_alone_is_gone():
-    """y = 0.5 x exactly: nothing is left in any resample."""
+    """y = 0.3 x exactly, and no rounding error passes for a gain."""
     x = np.arange(1.0, 21.0)
-    adjusted = adjusted_interval(0.5 * x, x, [str(i // 2) for i in range(20)])
-    assert adjusted == pytest.approx((0, 0, 0, 0.5), abs=1e-9)
+    left, low, high, slope = adjusted_interval(0.3 * x, x, [str(i // 2) for i in range(20)])
+    assert (left, low, high) == (0, 0, 0) and slope == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("length", [0.0, 7.0, -250.0])
 def test_constant_covariate_changes_nothing(sample, length):
     y, _, clusters = sample
-    assert adjusted_interval(y, np.full(36, length), clusters) == pytest.approx((*mean_interval(y, clusters), 0))
+    assert adjusted_interval(y, np.full(len(y), length), clusters) == (*mean_interval(y, clusters), 0)
 
 
 def test_covariate_that_is_constant_but_for_rounding():
-    """33.3 added up is not exact: what rounding leaves must not pass for a spread."""
-    values = np.random.default_rng(5).normal(size=60)
-    left, _, _, slope = adjusted_interval(values, np.full(60, 33.3), [str(i) for i in range(60)])
-    assert slope == 0 and left == pytest.approx(values.mean())
+    """What rounding leaves must not pass for a spread."""
+    values, clusters = np.random.default_rng(5).normal(size=60), [str(i) for i in range(60)]
+    assert adjusted_interval(values, [0.3, 0.1 + 0.2] * 30, clusters) == (*mean_interval(values, clusters), 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "covariate", "clusters"),
+    [([3], [2], "a"), ([2, 3, 5], [1, 2, 3], "aaa"), ([2, 3], [1, 2], "ab"), ([1, 2, 4, 5], [3, 3, 6, 6], "aabb")],
+)
+@pytest.mark.filterwarnings("error")
+def test_two_conversations_cannot_say_how_sure_a_line_is(values, covariate, clusters):
+    """It may pass through both, which is no certainty: the interval is the intercept itself."""
+    left, low, high, slope = adjusted_interval(values, covariate, list(clusters))
+    assert low == left == high
+    if len(values) > 1:
+        assert (slope, left) == pytest.approx(tuple(np.polyfit(covariate, values, 1)))
+    else:
+        assert (slope, left) == pytest.approx((0, 3))
+
+
+@pytest.mark.parametrize("scale", range(1, 30))
+@pytest.mark.filterwarnings("error")
+def test_variance_that_rounds_to_below_zero(scale):
+    """The line through (0, 0), (2, 1) and (2, -1) has an intercept without variance, and rounding makes it negative."""
+    adjusted = adjusted_interval([0, 1, -1], np.array([0, 2, 2]) * scale, list("abc"))
+    assert adjusted == pytest.approx((0, 0, 0, 0), abs=1e-5)

@@ -8,13 +8,14 @@ import reprlib
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from trl import TrlParser
 
-from h2s.errors import InputError
+from h2s.errors import InputError, in_short
 
 SECTIONS = ("model", "dataset", "task")
 
@@ -59,10 +60,12 @@ class _Parser(TrlParser):
     """TRL's parser, whose errors are one line."""
 
     def error(self, message: str):
-        raise InputError(message)
+        raise InputError(" ".join(message.split()))
 
 
-def parse_recipe(model: type, dataset: type, task: type, argv: list[str] | None = None) -> tuple[Any, Any, Any]:
+def parse_recipe(
+    model: type, dataset: type, task: type, argv: list[str] | None = None, **defaults: Any
+) -> tuple[Any, Any, Any]:
     """Read `--config FILE` and the flags that override it.
 
     Args:
@@ -70,6 +73,7 @@ def parse_recipe(model: type, dataset: type, task: type, argv: list[str] | None 
         dataset: of the section `dataset`.
         task: of the section `task`.
         argv: the command line without the program; `sys.argv` by default.
+        defaults: what this recipe uses in place of a dataclass's default, where neither YAML nor flag sets the key.
 
     Returns:
         An instance of each.
@@ -78,34 +82,31 @@ def parse_recipe(model: type, dataset: type, task: type, argv: list[str] | None 
         InputError: an unknown key, one in the wrong section, a wrong type, or a value that a dataclass refuses.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    classes = dict(zip(SECTIONS, (model, dataset, task), strict=True))
+    fields = {}
+    for section, cls in zip(SECTIONS, (model, dataset, task), strict=True):
+        hints = typing.get_type_hints(cls)
+        fields.update({f.name: (section, hints[f.name]) for f in dataclasses.fields(cls) if f.init})
     parser = _Parser([model, dataset, task], allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="The recipe's YAML.")
-    config = _config_path(argv)
+    parser.set_defaults(**defaults)
+    config = parser.parse_known_args(argv)[0].config
     if config is not None:
-        parser.set_defaults_with_config(**_read_settings(config, classes))
+        parser.set_defaults(**_read_settings(Path(config), fields, parser))
     try:
-        *sections, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        # No .args file: one beside the recipe would set flags unseen.
+        *sections, _, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
     except InputError:
         raise
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error).splitlines()[0]) from error
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(in_short(error)) from error
     if unknown:
-        keys = [f.name for c in classes.values() for f in dataclasses.fields(c) if f.init]
-        raise InputError(f"unknown flag {unknown[0]}{_nearest(unknown[0].lstrip('-'), keys, '--')}")
+        raise InputError(f"unknown flag {unknown[0]}{_nearest(unknown[0].lstrip('-'), fields, '--')}")
     return tuple(sections)
 
 
-def _config_path(argv: list[str]) -> Path | None:
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            return Path(argv[i + 1])
-        if word.startswith("--config="):
-            return Path(word.removeprefix("--config="))
-    return None
-
-
-def _nearest(key: str, keys: list[str], dashes: str = "") -> str:
+def _nearest(key: str, keys: Iterable[str], dashes: str = "") -> str:
     close = difflib.get_close_matches(key, keys, n=1)
     return f"; did you mean {dashes}{close[0]}?" if close else ""
 
@@ -123,104 +124,95 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def read_saved_section(path: Path, section: str) -> dict[str, Any]:
-    """A section of the recipe that a run wrote, as it stands; empty where the run left none."""
+    """Read a section of the recipe that a run wrote; empty where the run left none."""
     values = _read_yaml(path).get(section) if path.is_file() else None
     return values if isinstance(values, dict) else {}
 
 
 def split_mismatch(path: Path, dataset: Any) -> str | None:
-    """What a run that goes on shares out otherwise than it began, by the recipe that it wrote; None if nothing."""
+    """Compare a resumed run's split with the one that the run's recipe records: the first difference, or None."""
     if not path.is_file():
         return None
-    began = read_saved_section(path, "dataset")
+    saved = read_saved_section(path, "dataset")
     for f in dataclasses.fields(dataset):
-        was, now = began.get(f.name, f.default), getattr(dataset, f.name)
+        was, now = saved.get(f.name, f.default), getattr(dataset, f.name)
         if f.name != "path" and was != now:  # a file may have been moved
             began_with = f"{path.parent} began with {f.name} {was}, this run has {now}"
             return f"{began_with}: go on with the former, or choose another run_name"
     return None
 
 
-def _read_settings(path: Path, classes: dict[str, type]) -> dict[str, Any]:
-    """The YAML as one flat mapping, each key checked to stand in its section and to be of its field's type."""
-    content = _read_yaml(path)
+def _read_settings(path: Path, fields: dict[str, tuple[str, Any]], parser: _Parser) -> dict[str, Any]:
+    """Read the YAML as one flat mapping, each key in its section, each value as its flag would give it."""
     flat: dict[str, Any] = {}
-    for section, keys in content.items():
+    for section, keys in _read_yaml(path).items():
         if section not in SECTIONS:
-            near = _nearest(str(section), list(SECTIONS))
+            near = _nearest(str(section), SECTIONS)
             raise InputError(f"{path}: unknown section {section!r}; expected {', '.join(SECTIONS)}{near}")
-        if keys is None:
-            continue
-        if not isinstance(keys, dict):
-            raise InputError(f"{path}, section {section}: expected keys and values, got {type(keys).__name__}")
-        for key, value in keys.items():
-            flat[key] = _checked(path, section, str(key), value, classes)
+        where = f"{path}, section {section}"
+        if not isinstance(keys, dict | None):
+            raise InputError(f"{where}: expected keys and values, got {type(keys).__name__}")
+        for key, value in (keys or {}).items():
+            home, hint = fields.get(str(key), (None, None))
+            if home is None:
+                raise InputError(f"{where}: unknown key {key}{_nearest(str(key), fields)}")
+            if home != section:
+                raise InputError(f"{where}: {key} belongs in section {home}")
+            try:
+                value = _parse_value(parser, key, value, hint)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+            if key in INPUT_PATHS and isinstance(value, str) and os.path.exists(path.parent / value):
+                value = str(path.parent / value)
+            flat[key] = value
     return flat
 
 
-def _checked(path: Path, section: str, key: str, value: Any, classes: dict[str, type]) -> Any:
-    fields = {s: {f.name: f for f in dataclasses.fields(c) if f.init} for s, c in classes.items()}
-    if key not in fields[section]:
-        for other in SECTIONS:
-            if key in fields[other]:
-                raise InputError(f"{path}, section {section}: {key} belongs in section {other}")
-        near = _nearest(key, [k for keys in fields.values() for k in keys])
-        raise InputError(f"{path}, section {section}: unknown key {key}{near}")
-    hint = typing.get_type_hints(classes[section])[key]
-    if not _fits(value, hint):
-        got = f"{type(value).__name__} {reprlib.repr(value)}"
-        quote = "; put it in quotes" if _fits("", hint) else ""
-        raise InputError(f"{path}, section {section}: {key} must be {_name(hint)}, got {got}{quote}")
-    if key in INPUT_PATHS and isinstance(value, str):
-        beside = str(path.parent / value)
-        return beside if os.path.exists(beside) else value
-    return value
+def _kinds(hint: Any) -> list[Any]:
+    """List what a field takes: of `list[str] | Literal[False] | None`, list[str], False and None's type."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType, Literal):
+        return [kind for option in typing.get_args(hint) for kind in _kinds(option)]
+    return [hint]
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a YAML value is of a field's type. YAML 1.1 reads 1e-3 as text: a number's text counts as a number."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, h) for h in typing.get_args(hint))
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if hint is Any:
+def _parse_value(parser: _Parser, key: str, value: Any, hint: Any) -> Any:
+    """Take a YAML value of the field's own type as it is; have argparse parse text, as it would a flag's.
+
+    Any other is refused, for YAML has changed what was written: 007 into 7, no into False.
+    """
+    kinds = _kinds(hint)
+    plain = [typing.get_origin(kind) or kind for kind in kinds]
+    fits = any(type(value) is kind or value == kind for kind in plain) or (type(value) is int and float in plain)
+    is_text = isinstance(value, str) and value != "--"  # Python 3.11's argparse loses a lone --
+    if not fits and not (is_text and {int, bool, list, dict}.isdisjoint(plain)):  # 1e-3 is text in YAML 1.1
+        names = " or ".join(k.__name__ if isinstance(k, type) else repr(k) for k in plain if k is not type(None))
+        quote = "; put it in quotes" if str in plain else ""
+        raise InputError(f"{key} must be {names}, got {type(value).__name__} {reprlib.repr(value)}{quote}")
+    if isinstance(value, list):
+        (element,) = next(typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is list)
+        return [_parse_value(parser, key, v, element) for v in value]
+    if not is_text:
+        return value
+    parsed = getattr(parser.parse_args([f"--{key}={value}"]), key)
+    return parsed[0] if isinstance(parsed, list) else parsed  # a flag that takes several gives a list of this one
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that `_Loader` reads: no aliases, enumerations by their value, dataclasses by their fields."""
+
+    def ignore_aliases(self, data):
         return True
-    if value is None:
-        return hint is type(None)
-    if hint is float:
-        return _is_number(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return value in [e.value for e in hint]
-    return isinstance(value, origin or hint)
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        try:
-            float(value)
-        except ValueError:
-            return False
-        return True
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+_Dumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
+_Dumper.add_multi_representer(object, lambda dumper, config: dumper.represent_data(dataclasses.asdict(config)))
 
 
-def _name(hint: Any) -> str:
-    args = [a for a in typing.get_args(hint) if a is not type(None)]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_name(a) for a in args)
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(map(repr, args))
-    return getattr(hint, "__name__", str(hint))
-
-
-def write_recipe(path: Path, model: Any, dataset: Any, task: Any) -> None:
+def write_recipe(path: Path, model: Any, dataset: Any, task: Any, **defaults: Any) -> None:
     """Write what was run, so that it can be run again: every setting that was chosen, secrets left out.
 
     What a default instance has on this machine too (`use_cpu` where there is no CUDA) was not chosen: the recipe would
-    carry it to another machine.
+    carry it to another machine. A key of `defaults`, those that `parse_recipe` was given, is always written.
     """
     content = {}
     for section, values in zip(SECTIONS, (model, dataset, task), strict=True):
@@ -228,19 +220,9 @@ def write_recipe(path: Path, model: Any, dataset: Any, task: Any) -> None:
         chosen = {}
         for f in dataclasses.fields(values):
             value = getattr(values, f.name)
-            if f.init and f.name not in SECRETS and value != getattr(default, f.name):
-                value = value.value if isinstance(value, enum.Enum) else value
-                if _is_plain(value):
-                    chosen[f.name] = value
+            if f.init and f.name not in SECRETS and (value != getattr(default, f.name) or f.name in defaults):
+                chosen[f.name] = value
         content[section] = chosen
-    written = path.with_suffix(".unfinished")  # a run that goes on reads it: it is whole or not there
-    written.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    written = path.with_suffix(".unfinished")  # a run that resumes reads it: it is whole or not there
+    written.write_text(yaml.dump(content, Dumper=_Dumper, allow_unicode=True, sort_keys=False), encoding="utf-8")
     written.replace(path)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    return value is None or isinstance(value, (str, int, float, bool))

@@ -4,6 +4,23 @@ A hand-written system prompt becomes a soft prefix that starts out exactly equal
 moves only that prefix toward what people preferred (a BERT reward model, single-step PPO).
 """
 
+from h2s.data.datasets import load_contexts, load_preferences
+from h2s.errors import InputError
+from h2s.ppo.config import SingleStepPPOConfig
+from h2s.ppo.trainer import SingleStepPPOTrainer
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
+from h2s.reward.config import RewardModelConfig
+from h2s.reward.model import RewardModel
+from h2s.reward.trainer import RewardModelTrainer
 
-__all__ = ["PrefixTuningPolicyModel"]
+__all__ = [
+    "InputError",
+    "PrefixTuningPolicyModel",
+    "RewardModel",
+    "RewardModelConfig",
+    "RewardModelTrainer",
+    "SingleStepPPOConfig",
+    "SingleStepPPOTrainer",
+    "load_contexts",
+    "load_preferences",
+]

@@ -91,22 +91,24 @@ class SavedAdapter(ABC):
     """An adapter as it is saved and pushed: what plain PEFT loads, and a card that says what it is."""
 
     @abstractmethod
-    def _save_files(self, folder: str | Path) -> None:
+    def _save_files(self, folder: str | Path, is_main_process: bool = True) -> None:
         """Write adapter, tokenizer and `h2s.json`."""
 
     @abstractmethod
     def _write_card(self, folder: Path, report: str, source: str) -> None:
         """Write `README.md`, whose example loads `from_pretrained(source)`."""
 
-    def save_pretrained(self, folder: str | Path, report: str = "") -> None:
+    def save_pretrained(self, folder: str | Path, report: str = "", is_main_process: bool = True) -> None:
         """Save what plain PEFT loads: adapter, tokenizer, `h2s.json`, and a card.
 
         Args:
             folder: made if it is not there.
             report: what was measured, Markdown, for the card.
+            is_main_process: where the model is sharded every process calls this, and the main one writes.
         """
-        self._save_files(folder)
-        self.write_card(folder, report)
+        self._save_files(folder, is_main_process)
+        if is_main_process:
+            self.write_card(folder, report)
 
     def write_card(self, folder: str | Path, report: str = "") -> None:
         """Write the card alone; its example loads the folder by its name."""

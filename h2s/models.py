@@ -39,8 +39,6 @@ LOADING_ERRORS = (
     StrictDataclassError,
 )
 EMBEDDED = "embedded:"
-
-
 EMBEDDED_MODELS = ("gemma-3-270m", "minilm")
 
 

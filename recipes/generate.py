@@ -4,22 +4,17 @@ python recipes/generate.py --policy_adapter outputs/policy --conversation "I wen
 python recipes/generate.py --policy_adapter outputs/policy
 """
 
-from peft import TaskType
+from accelerate import PartialState
+from transformers import set_seed
 
-from h2s import PrefixTuningPolicyModel
+from h2s import InputError, PrefixTuningPolicyModel
 from h2s.data.messages import parse_messages
-from h2s.errors import InputError
-from h2s.hub import adapter_folder
-from h2s.models import load_config, load_tokenizer, room_for_text
-from h2s.prefix.adapter import read_adapter_config
-from h2s.prefix.chat_template import ChatPrefix, encode_prompts
-from h2s.prefix.generation import Sampling
-from h2s.run.arguments import AdapterArguments, ConversationArguments, GenerateArguments, require_setting
-from h2s.run.folder import reports_errors
+from h2s.run.arguments import AdapterArguments, ConversationArguments, GenerateArguments
+from h2s.run.folder import run_recipe
 from h2s.run.recipe import parse_recipe
 
 
-def chat(policy: PrefixTuningPolicyModel, sampling: Sampling) -> None:
+def chat(policy, sampling: dict) -> None:
     """Turn by turn until an empty line or the end of the input; a turn that cannot be answered is told and dropped."""
     print("An empty line ends the chat.")
     conversation = []
@@ -34,7 +29,7 @@ def chat(policy: PrefixTuningPolicyModel, sampling: Sampling) -> None:
             return
         conversation.append({"role": "user", "content": text})
         try:
-            reply = policy.reply(conversation, sampling)
+            reply = policy.reply(conversation, **sampling)
         except InputError as error:
             print(f"(not answered: {error})")
             conversation.pop()
@@ -43,25 +38,23 @@ def chat(policy: PrefixTuningPolicyModel, sampling: Sampling) -> None:
         conversation.append({"role": "assistant", "content": reply or "…"})
 
 
-@reports_errors
-def main(argv: list[str] | None = None) -> None:
-    import torch
-
+@run_recipe
+def main(run, argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(AdapterArguments, ConversationArguments, GenerateArguments, argv)
+    processes = PartialState().num_processes
+    if processes > 1:
+        raise InputError(f"generate.py is one conversation on one process, got {processes}: start it with python")
     conversation = None if data_args.conversation is None else parse_messages(data_args.conversation)
-    sampling = Sampling(args.max_completion_length, args.temperature, args.top_k, args.top_p)
-    adapter = adapter_folder(require_setting(model_args.policy_adapter, "policy_adapter", "model"))
-    config = read_adapter_config(adapter, TaskType.CAUSAL_LM)
+    opened = PrefixTuningPolicyModel.open(model_args.require("policy_adapter", "model"))
     if conversation is not None:  # what cannot be answered is told before a model loads
-        room = room_for_text(load_config(config.base_model_name_or_path, config.revision), config.num_virtual_tokens)
-        prefix, tokenizer = ChatPrefix.load(adapter), load_tokenizer(adapter)
-        encode_prompts(tokenizer, prefix, [conversation], room - args.max_completion_length)
-    policy = PrefixTuningPolicyModel.from_pretrained(adapter)
-    torch.manual_seed(args.seed)
+        opened.encode([conversation], args.max_completion_length)
+    policy = PrefixTuningPolicyModel.load(opened)
+    sampling = {name: getattr(args, name) for name in ("max_completion_length", "temperature", "top_k", "top_p")}
+    set_seed(args.seed)
     if conversation is None:
         chat(policy, sampling)
     else:
-        print(policy.reply(conversation, sampling))
+        print(policy.reply(conversation, **sampling))
 
 
 if __name__ == "__main__":

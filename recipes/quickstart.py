@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from h2s.models import resolve_embedded
-from h2s.run.folder import reports_errors
+from h2s.run.folder import run_recipe
 
 HERE = Path(__file__).parent
 OUTPUTS = Path("outputs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
@@ -32,8 +32,8 @@ STAGES = {
 }
 
 
-@reports_errors
-def main() -> None:
+@run_recipe
+def main(run, argv: list[str] | None = None) -> None:
     started = time.time()
     for name in ("embedded:gemma-3-270m", "embedded:minilm"):
         resolve_embedded(name)

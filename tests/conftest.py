@@ -14,15 +14,22 @@ import pytest
 import torch
 import transformers
 import yaml
-from tiny import COLUMNS, HARD_PROMPT, RECIPES, ROOT, WORDS, ModelLoads, sample_context, save_bert, save_gemma
-from transformers import (
-    BertForSequenceClassification,
+from tiny import (
+    COLUMNS,
+    HARD_PROMPT,
+    RECIPES,
+    ROOT,
+    WORDS,
+    ModelLoads,
+    build_reward_model,
+    sample_context,
+    save_bert,
+    save_gemma,
 )
+from transformers import BertForSequenceClassification
 
+from h2s import PrefixTuningPolicyModel
 from h2s.models import load_base_model, load_tokenizer
-from h2s.prefix.adapter import add_hard_prompt, prefix_from_hard_prompt, save_adapter
-from h2s.prefix.chat_template import chat_prefix, encode_prompts, wrap_chat_template
-from h2s.reward.model import RewardModel, build_reward_model
 
 
 @pytest.fixture(scope="session")
@@ -59,20 +66,16 @@ def tokenizer(gemma_folder):
 
 
 @pytest.fixture
-def policy_parts(base, tokenizer):
-    """A prefix model with its frozen hard prompt, the wrapped tokenizer, and the prefix."""
-    prefix = chat_prefix(tokenizer, HARD_PROMPT)
-    wrap_chat_template(tokenizer, prefix)
-    ids = prefix.token_ids
-    model = prefix_from_hard_prompt(base, ids)
-    add_hard_prompt(model, ids)
-    return model, tokenizer, prefix
+def policy(gemma_folder) -> PrefixTuningPolicyModel:
+    """A fresh tiny policy with its frozen hard prompt beside it."""
+    policy = PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT, dtype="float32")
+    policy.add_hard_prompt()
+    return policy
 
 
 @pytest.fixture
-def prompts(policy_parts):
-    _, tokenizer, prefix = policy_parts
-    return encode_prompts(tokenizer, prefix, [sample_context(i) for i in range(6)])
+def prompts(policy):
+    return policy.encode([sample_context(i) for i in range(6)], 1)
 
 
 @pytest.fixture(scope="session")
@@ -111,19 +114,14 @@ def recipes():
 @pytest.fixture(scope="session")
 def policy_adapter(gemma_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters") / "policy"
-    tokenizer = load_tokenizer(str(gemma_folder))
-    prefix = chat_prefix(tokenizer, HARD_PROMPT)
-    wrap_chat_template(tokenizer, prefix)
-    model = prefix_from_hard_prompt(load_base_model(str(gemma_folder)), prefix.token_ids)
-    save_adapter(model, tokenizer, prefix, folder)
+    PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def reward_adapter(bert_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters") / "reward"
-    model = build_reward_model(str(bert_folder), 4)
-    RewardModel(model, load_tokenizer(str(bert_folder)), max_tokens=100).save(folder)
+    build_reward_model(bert_folder).save_pretrained(folder)
     return folder
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from peft import PrefixTuningConfig, TaskType
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers import decoders as token_decoders
 from transformers import (
@@ -15,6 +16,9 @@ from transformers import (
     Gemma3TextConfig,
     PreTrainedTokenizerFast,
 )
+
+from h2s.models import load_tokenizer
+from h2s.reward.model import RewardModel, add_reward_prefix, load_encoder
 
 ROOT = Path(__file__).parents[1]
 CORPUS = [
@@ -148,3 +152,11 @@ def contexts(folder, items):
 
 def turns(*roles):
     return [{"role": r, "content": f"{r} says"} for r in roles]
+
+
+def build_reward_model(folder, virtual: int = 4, max_tokens: int = 100, seed: int = 0) -> RewardModel:
+    """An untrained reward model on a tiny BERT."""
+    torch.manual_seed(seed)
+    config = PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=virtual)
+    model = add_reward_prefix(load_encoder(str(folder)), config)
+    return RewardModel(model, load_tokenizer(str(folder)), max_tokens)

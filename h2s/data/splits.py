@@ -61,6 +61,21 @@ def split_by_conversation(dataset: Dataset, split_seed: int, test_size: float) -
     return parts
 
 
+def split_for_models(
+    dataset: Dataset, split_seed: int, test_size: float, judge_share: float | None
+) -> dict[str, dict[Part, Dataset]]:
+    """The parts of a sheet for the reward model, `reward`, and where there is a share for it for a `judge`.
+
+    Raises:
+        InputError: a part would be empty.
+    """
+    parts = split_by_conversation(dataset, split_seed, test_size)
+    if judge_share is None:
+        return {"reward": parts}
+    reward, judge = share_with_judge(parts, split_seed, judge_share)
+    return {"reward": reward, "judge": judge}
+
+
 def share_with_judge(
     parts: dict[Part, Dataset], split_seed: int, judge_share: float
 ) -> tuple[dict[Part, Dataset], dict[Part, Dataset]]:
@@ -83,8 +98,8 @@ def share_with_judge(
         of_judge = [_draw(f"judge:{split_seed}:{c}") < judge_share for c in ids]
         if len(set(of_judge)) < 2:
             raise InputError(
-                f"the {part} part holds {len(set(ids))} conversations, too few to share between a reward model and a judge "
-                f"(judge_share {judge_share}): add conversations or raise test_size"
+                f"the {part} part holds {len(set(ids))} conversations, too few to share between a reward model and a "
+                f"judge (judge_share {judge_share}): add conversations or raise test_size"
             )
         judge[part] = parts[part].select([i for i, j in enumerate(of_judge) if j])
         reward[part] = parts[part].select([i for i, j in enumerate(of_judge) if not j])

@@ -18,8 +18,9 @@ class SingleStepPPOConfig(TrainingArguments):
     Defaults that differ from transformers': `output_dir` outputs, `per_device_train_batch_size` 16,
     `per_device_eval_batch_size` 16, `learning_rate` 1e-2, `adam_epsilon` 1e-5, `lr_scheduler_type` constant,
     `weight_decay` 0 (decay pulls the prefix to zero keys, not to the hard prompt), `report_to` tensorboard,
-    `eval_strategy` steps, `eval_steps` 10, `save_steps` 10, `save_total_limit` 2, `logging_steps` 1,
-    `logging_nan_inf_filter` False, `metric_for_best_model` reward_difference, `dataloader_drop_last` True,
+    `eval_steps` 10, `save_steps` 10, `save_total_limit` 2, `logging_steps` 1,
+    `logging_nan_inf_filter` False, `metric_for_best_model` judge_difference (without a judge reward_difference),
+    `dataloader_drop_last` True,
     `remove_unused_columns` False, `resume_from_checkpoint` a bool, `ddp_find_unused_parameters` False, `use_cpu` where
     there is no CUDA. Refused: gradient checkpointing (it loses the prefix), fp16 (Gemma overflows), gradient
     accumulation (see `num_mini_batches`).
@@ -35,12 +36,12 @@ class SingleStepPPOConfig(TrainingArguments):
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where metrics go."})
     logging_steps: float = field(default=1, metadata={"help": "Iterations between two log lines."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When soft is compared with hard."})
     eval_steps: float | None = field(default=10, metadata={"help": "Iterations between two evaluations."})
     save_steps: float = field(default=10, metadata={"help": "Iterations between two checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     metric_for_best_model: str | None = field(
-        default="reward_difference", metadata={"help": "What selects the best adapter."}
+        default=None,
+        metadata={"help": "What selects the best adapter: judge_difference by default, or reward_difference."},
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Iterations of equal size."})
@@ -77,6 +78,9 @@ class SingleStepPPOConfig(TrainingArguments):
     )
 
     # Parameters that control the reward
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each of several rewards; 1 each by default."}
+    )
     kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the hard prompt, in nats a response."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over the global batch."})
     missing_eos_penalty: float = field(default=1.0, metadata={"help": "Taken from a reply that does not end."})
@@ -100,25 +104,9 @@ class SingleStepPPOConfig(TrainingArguments):
                 "contexts of an iteration (per_device_train_batch_size)"
             )
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        chosen = self.metric_for_best_model
         super().__post_init__()
-
-    def check_run(self, contexts: int) -> None:
-        """Whether this machine and this many training contexts can run these settings.
-
-        Raises:
-            InputError: one process sees several CUDA devices, or the contexts do not fill an iteration.
-        """
-        if self.n_gpu > 1:
-            raise InputError(
-                f"one process sees {self.n_gpu} CUDA devices: start it with accelerate launch, or show it one by "
-                "CUDA_VISIBLE_DEVICES"
-            )
-        needed = self.per_device_train_batch_size * self.world_size
-        if contexts < needed:
-            raise InputError(
-                f"{contexts} contexts train, fewer than the {needed} of one iteration: lower "
-                "per_device_train_batch_size or add contexts"
-            )
+        self.metric_for_best_model = chosen  # transformers puts the loss in, which no evaluation here measures
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:

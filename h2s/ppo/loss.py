@@ -10,8 +10,6 @@ import torch
 
 # exp(20) is far beyond any clip range; it only keeps the unclipped branch finite.
 MAX_LOG_RATIO = 20.0
-
-
 # A spread below this share of the mean is float32's rounding, whose unit is 1e-7.
 ROUNDING = 1e-6
 
@@ -103,12 +101,17 @@ def policy_loss(
 
 
 def value_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
-    """0.5 (V - R)^2, a mean over responses: (B,), (B,) -> scalar."""
-    return 0.5 * (values - returns).square().mean()
+    """0.5 (V - R)^2, a mean over the responses that have a return (not NaN): (B,), (B,) -> scalar."""
+    known = ~returns.isnan()
+    return 0.5 * torch.where(known, values - returns, 0.0).square().sum() / known.sum().clamp(min=1)
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 is a perfect value head, 0 one that predicts a constant. NaN where R is constant."""
+    """1 - Var(R - V) / Var(R): 1 is a perfect value head, 0 one that predicts a constant. NaN where R is constant.
+
+    Responses without a return (NaN) do not count.
+    """
+    values, returns = values[~returns.isnan()], returns[~returns.isnan()]
     if returns.numel() < 2 or returns.var() == 0:
         return float("nan")
     return (1 - (returns - values).var() / returns.var()).item()

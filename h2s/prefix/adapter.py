@@ -4,6 +4,7 @@ Prefix tuning (Li and Liang 2021, arXiv 2101.00190) trains keys and values in fr
 prompt's own keys and values there makes the start of training exactly the hard prompt.
 """
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from h2s.errors import InputError, in_short
 from h2s.models import LOADING_ERRORS, load_config, model_source, tensor_shapes
-from h2s.prefix.chat_template import ChatPrefix, save_tokenizer
+from h2s.prefix.chat_template import ChatPrefix
 
 SOFT, HARD = "default", "hard_prompt"
 
@@ -171,3 +172,39 @@ def load_weights(model: PeftModel, folder: str | Path) -> None:
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=SOFT)
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:  # RuntimeError: torch's, of a shape
         raise InputError(f"the adapter in {folder} does not fit this model: {in_short(error)}") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path, embedding_rows: int) -> None:
+    """Save a tokenizer that has no more entries than the model has embedding rows.
+
+    `AutoPeftModelForCausalLM` resizes the model when the tokenizer beside the adapter is larger, which would add
+    untrained tokens that can be sampled. Gemma 3 1B's tokenizer has one entry too many, an image token: a prefix is
+    text only, so the surplus is dropped. transformers cannot remove an added token, hence the edit of its files.
+    """
+    tokenizer.save_pretrained(folder)
+    folder = Path(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    surplus = {t["content"] for t in spec["added_tokens"] if t["id"] >= embedding_rows}
+    if not surplus:
+        return
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in surplus]
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+    config_file = folder / "tokenizer_config.json"
+    config = _without(json.loads(config_file.read_text(encoding="utf-8")), surplus)
+    config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+    rows = len(AutoTokenizer.from_pretrained(folder))
+    if rows > embedding_rows:
+        raise InputError(f"the tokenizer has {rows} entries for {embedding_rows} embedding rows of the model")
+
+
+def _without(value: Any, tokens: set[str]) -> Any:
+    """The JSON value with every mention of one of `tokens` taken out."""
+
+    def mentions(item: Any) -> bool:
+        return item in tokens if isinstance(item, str) else isinstance(item, dict) and item.get("content") in tokens
+
+    if isinstance(value, dict):
+        return {k: _without(v, tokens) for k, v in value.items() if not mentions(v)}
+    if isinstance(value, list):
+        return [_without(v, tokens) for v in value if not mentions(v)]
+    return value

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from h2s.data.messages import Messages, check_unicode
 from h2s.errors import InputError
@@ -236,7 +236,8 @@ def wrap_chat_template(tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix) -
     if prefix.first_role == "assistant":
         wrong_beginnings["'user'"] = "a conversation with this adapter begins with the assistant"
     refusals = "".join(
-        f"{{%- if messages and messages[0]['role'] in ({roles},) -%}}{{{{- raise_exception('{why}') -}}}}{{%- endif -%}}"
+        f"{{%- if messages and messages[0]['role'] in ({roles},) -%}}"
+        f"{{{{- raise_exception('{why}') -}}}}{{%- endif -%}}"
         for roles, why in wrong_beginnings.items()
     )
     tokenizer.chat_template = (
@@ -268,42 +269,6 @@ def _as_jinja(settings: dict[str, Any]) -> dict[str, str]:
                 f"chat_template_kwargs must map names to text, numbers, true or false, got {name!r}: {value!r}"
             )
     return {name: _jinja_text(value) for name, value in settings.items()}
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path, embedding_rows: int) -> None:
-    """Save a tokenizer that has no more entries than the model has embedding rows.
-
-    `AutoPeftModelForCausalLM` resizes the model when the tokenizer beside the adapter is larger, which would add
-    untrained tokens that can be sampled. Gemma 3 1B's tokenizer has one entry too many, an image token: a prefix is
-    text only, so the surplus is dropped. transformers cannot remove an added token, hence the edit of its files.
-    """
-    tokenizer.save_pretrained(folder)
-    folder = Path(folder)
-    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    surplus = {t["content"] for t in spec["added_tokens"] if t["id"] >= embedding_rows}
-    if not surplus:
-        return
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in surplus]
-    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-    config_file = folder / "tokenizer_config.json"
-    config = _without(json.loads(config_file.read_text(encoding="utf-8")), surplus)
-    config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
-    rows = len(AutoTokenizer.from_pretrained(folder))
-    if rows > embedding_rows:
-        raise InputError(f"the tokenizer has {rows} entries for {embedding_rows} embedding rows of the model")
-
-
-def _without(value: Any, tokens: set[str]) -> Any:
-    """The JSON value with every mention of one of `tokens` taken out."""
-
-    def mentions(item: Any) -> bool:
-        return item in tokens if isinstance(item, str) else isinstance(item, dict) and item.get("content") in tokens
-
-    if isinstance(value, dict):
-        return {k: _without(v, tokens) for k, v in value.items() if not mentions(v)}
-    if isinstance(value, list):
-        return [_without(v, tokens) for v in value if not mentions(v)]
-    return value
 
 
 def encode_prompts(

@@ -4,7 +4,8 @@ Letters: B rows, P virtual tokens, T text tokens (prompt and completion), C comp
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,6 @@ from trl.kernels import ChunkedLogProbFunction
 
 # Gemma's end of a turn, which its generation config does not always list.
 TURN_END = "<end_of_turn>"
-
-
 # Columns of the [N, V] logits that exist at a time.
 VOCABULARY_CHUNK = 4096
 
@@ -137,6 +136,14 @@ def generate(
             end = next((n for n, token in enumerate(row, start=1) if token in stops), len(row))
             completions[i] = row[:end]
     return completions
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Inside, torch's random state is that of `seed`; outside it stays as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, completion: list[int], stop_ids: list[int]) -> str:

@@ -1,24 +1,19 @@
-"""A policy for use: a chat model with a soft prefix, made from a hard prompt or from an adapter.
-
-Two steps stand behind `from_…`: *open* reads configuration, tokenizer and prefix and checks contexts, without weights;
-*load* brings the weights.
-"""
+"""A policy for use: a chat model with a soft prefix, made from a hard prompt or from an adapter."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, TaskType
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from h2s.data.messages import Messages, as_messages, parse_messages
 from h2s.errors import InputError
-from h2s.hub import SavedAdapter, adapter_folder, write_card
-from h2s.models import load_base_model, load_config, load_tokenizer, model_source, room_for_text
+from h2s.hub import SavedAdapter, write_card
+from h2s.models import load_base_model, load_tokenizer
 from h2s.prefix.adapter import (
     HARD,
     SOFT,
@@ -27,11 +22,11 @@ from h2s.prefix.adapter import (
     load_weights,
     prefix_from_hard_prompt,
     random_prefix,
-    read_adapter_config,
     save_adapter,
 )
-from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
-from h2s.prefix.generation import Sampling, decode, generate, stop_token_ids
+from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
+from h2s.prefix.generation import Sampling, decode, generate, seeded, stop_token_ids
+from h2s.prefix.opened import OpenedPolicy, encode_beside, open_adapter, open_hard_prompt
 
 # The prototype put these words in front of every question ("all right, the question is:").
 QUESTION_PREFIX = "好的，題目如下："
@@ -48,105 +43,11 @@ from transformers import AutoTokenizer, pipeline
 model = AutoPeftModelForCausalLM.from_pretrained({source})
 tokenizer = AutoTokenizer.from_pretrained({source})
 chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
-chat([{messages}])"""
-FIRST_MESSAGES = {
-    "user": '{"role": "user", "content": "Hello!"}',
-    "assistant": '{"role": "assistant", "content": "How was your day?"}, {"role": "user", "content": "Quiet."}',
+chat({messages})"""
+EXAMPLES = {
+    "user": '[{"role": "user", "content": "Hello! I went for a long walk today."}]',
+    "assistant": '[{"role": "assistant", "content": "How was your day?"}, {"role": "user", "content": "Quiet."}]',
 }
-
-
-@dataclass
-class OpenedPolicy:
-    """A policy without its weights: what can be known and checked before they load.
-
-    Attributes:
-        source: the base model's folder or Hub name.
-        revision: its revision on the Hub.
-        config: its configuration.
-        tokenizer: its tokenizer, with the wrapped chat template.
-        prefix: what the soft prefix stands for.
-        adapter: the folder with the prefix's weights; None where it is still to be made from the hard prompt.
-        download: `token` and `cache_dir`.
-    """
-
-    source: str
-    revision: str | None
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    prefix: ChatPrefix
-    adapter: str | None = None
-    download: dict[str, Any] = field(default_factory=dict)
-
-    def encode(self, contexts: Sequence[Messages], max_completion_length: int) -> list[list[int]]:
-        """The token ids that follow the prefix for each context; none is too long for a completion beside it.
-
-        Raises:
-            InputError: a context cannot be answered with this prefix; it is named by its place, counted from 1.
-        """
-        return _encode(self.tokenizer, self.prefix, self.config, contexts, max_completion_length)
-
-    def load(
-        self, dtype: str = "auto", attn_implementation: str | None = None, device: str | torch.device | None = None
-    ) -> "PrefixTuningPolicyModel":
-        """Load the base model's weights, and the prefix's: those of the adapter, or the hard prompt's own.
-
-        Args:
-            dtype: of the frozen model; `auto` is bfloat16 on CUDA and float32 elsewhere.
-            attn_implementation: as transformers names them.
-            device: this process's own by default (Accelerate's `PartialState().device`).
-        """
-        base = load_base_model(self.source, self.revision, dtype, attn_implementation, **self.download)
-        base = base.to(device or PartialState().device)
-        if self.adapter is None:
-            model = prefix_from_hard_prompt(base, self.prefix.token_ids, self.revision)
-        else:
-            model = random_prefix(base, len(self.prefix.token_ids), self.revision)
-            load_weights(model, self.adapter)
-        return PrefixTuningPolicyModel(model, self.tokenizer, self.prefix)
-
-
-def open_hard_prompt(
-    model: str,
-    hard_prompt: str,
-    opening_user_message: str | None = None,
-    revision: str | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    **download: Any,
-) -> OpenedPolicy:
-    """Open a policy that is to be made from a hard prompt; the arguments are those of `from_hard_prompt`.
-
-    Raises:
-        InputError: the model or the prompt cannot be used.
-    """
-    source = model_source(model)
-    tokenizer = load_tokenizer(source, revision, **download)
-    prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
-    config = load_config(source, revision, **download)
-    if room_for_text(config, len(prefix.token_ids)) < 1:
-        raise InputError(
-            f"the hard prompt is {len(prefix.token_ids)} tokens long and leaves the model no room for a reply"
-        )
-    wrap_chat_template(tokenizer, prefix)
-    return OpenedPolicy(source, revision, config, tokenizer, prefix, download=download)
-
-
-def open_adapter(folder_or_hub_id: str | Path, revision: str | None = None, **download: Any) -> OpenedPolicy:
-    """Open a policy that was made before; the arguments are those of `from_pretrained`.
-
-    Raises:
-        InputError: it is not a policy adapter made by h2s, or does not fit its base model.
-    """
-    folder = adapter_folder(folder_or_hub_id, revision, **download)
-    config = read_adapter_config(folder, TaskType.CAUSAL_LM, **download)
-    prefix = ChatPrefix.load(folder)
-    source, base_revision = model_source(config.base_model_name_or_path), config.revision
-    base_config = load_config(source, base_revision, **download)
-    return OpenedPolicy(source, base_revision, base_config, load_tokenizer(folder), prefix, folder, download)
-
-
-def _encode(tokenizer, prefix, config, contexts, max_completion_length) -> list[list[int]]:
-    room = room_for_text(config, len(prefix.token_ids)) - max_completion_length
-    return encode_prompts(tokenizer, prefix, contexts, room)
 
 
 class PrefixTuningPolicyModel(SavedAdapter):
@@ -209,7 +110,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
             opened = open_hard_prompt(
                 model, hard_prompt, opening_user_message, revision, chat_template_kwargs, **download
             )
-            return opened.load(dtype, attn_implementation, device)
+            return cls.load(opened, dtype, attn_implementation, device)
         tokenizer = tokenizer or load_tokenizer(model.name_or_path, revision, **download)
         prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
         wrap_chat_template(tokenizer, prefix)
@@ -240,18 +141,54 @@ class PrefixTuningPolicyModel(SavedAdapter):
         Raises:
             InputError: it is not a policy adapter.
         """
-        return open_adapter(folder_or_hub_id, revision, **download).load(dtype, attn_implementation, device)
+        return cls.load(cls.open(folder_or_hub_id, revision, **download), dtype, attn_implementation, device)
 
-    def _save_files(self, folder: str | Path) -> None:
-        save_adapter(self.model, self.tokenizer, self.prefix, folder)
+    @staticmethod
+    def open(folder_or_hub_id: str | Path, revision: str | None = None, **download: Any) -> OpenedPolicy:
+        """The first step of `from_pretrained`, without weights: what cannot be used is refused before they load."""
+        return open_adapter(folder_or_hub_id, revision, **download)
+
+    @classmethod
+    def load(
+        cls,
+        opened: OpenedPolicy,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> "PrefixTuningPolicyModel":
+        """The second step of both: the base model's weights, and the adapter's or the hard prompt's own prefix."""
+        base = load_base_model(opened.source, opened.revision, dtype, attn_implementation, **opened.download)
+        base = base.to(device or PartialState().device)
+        if opened.adapter is None:
+            model = prefix_from_hard_prompt(base, opened.prefix.token_ids, opened.revision)
+        else:
+            model = random_prefix(base, len(opened.prefix.token_ids), opened.revision)
+            load_weights(model, opened.adapter)
+        return cls(model, opened.tokenizer, opened.prefix)
+
+    def _save_files(self, folder: str | Path, is_main_process: bool = True) -> None:
+        save_adapter(self.model, self.tokenizer, self.prefix, folder, is_main_process)
 
     def _write_card(self, folder: Path, report: str, source: str) -> None:
         prompt = self.prefix.hard_prompt.replace("\n", "\n> ")
         tokens = len(self.prefix.token_ids)
         body = f"A soft prefix of {tokens} virtual tokens. It began as this hard prompt:\n\n> {prompt}\n\n{report}"
-        use = CARD_EXAMPLE.format(source=source, messages=FIRST_MESSAGES[self.prefix.first_role])
+        use = CARD_EXAMPLE.format(source=source, messages=EXAMPLES[self.prefix.first_role])
         base = self.model.peft_config[SOFT].base_model_name_or_path
         write_card(folder, "A system prompt as a soft prefix", base, body.strip(), use, "text-generation", [])
+
+    @torch.no_grad()
+    def difference_to_hard_prompt(self) -> float:
+        """The largest difference of a logit between the prefix and the hard prompt as text, on an example conversation.
+
+        Relative to the largest logit: 1e-6 is float32's rounding.
+        """
+        (prompt,) = self.encode([parse_messages(EXAMPLES[self.prefix.first_role])], 1)
+        base, device = self.model.get_base_model(), self.model.device
+        text = torch.tensor([self.prefix.token_ids + prompt], device=device)
+        soft = self.model(torch.tensor([prompt], device=device)).logits[0].float()  # (T, V)
+        hard = base(text, logits_to_keep=len(prompt)).logits[0].float()
+        return ((soft - hard).abs().max() / hard.abs().max()).item()
 
     def add_hard_prompt(self) -> None:
         """Add the hard prompt as a second, frozen prefix, if it is not there yet."""
@@ -268,7 +205,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
     def encode(self, contexts: Sequence[Messages], max_completion_length: int) -> list[list[int]]:
         """As [`OpenedPolicy.encode`]."""
         config = self.model.get_base_model().config
-        return _encode(self.tokenizer, self.prefix, config, contexts, max_completion_length)
+        return encode_beside(self.tokenizer, self.prefix, config, contexts, max_completion_length)
 
     def complete(
         self, prompt_ids: Sequence[list[int]], sampling: Sampling, **generation_kwargs: Any
@@ -317,10 +254,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
             return []
         sampling = Sampling(max_completion_length, temperature, top_k, top_p)
         prompts = self.encode([as_messages(c) for c in conversations], max_completion_length)
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with nullcontext() if seed is None else seeded(self.model.device, seed):
             completions = self.complete(prompts, sampling, **generation_kwargs)
         return [self.decode(completion) for completion in completions]
 

@@ -5,23 +5,28 @@ better, 1 the reference's), `margin` (the model's chosen minus rejected) and `le
 minus rejected).
 """
 
-from collections.abc import Sequence
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from accelerate import PartialState
 from datasets import Dataset
 from matplotlib.figure import Figure
 from scipy.special import expit
 
-from h2s.data.datasets import LABELS, POLICY_BETTER, Preferences
+from h2s.data.datasets import LABELS, POLICY_BETTER, Judgements
+from h2s.data.splits import Part, conversations_of
 from h2s.report.intervals import difference_text, share_interval, share_text
-from h2s.reward.model import RewardModel
+from h2s.reward.model import RewardModel, reply_text
+
+logger = logging.getLogger(__name__)
 
 ACCURACY_REPORT, ACCURACY_PICTURE, PAIRS = "accuracy.md", "accuracy.png", "pairs.parquet"
-
-
 # Confidence is at least one half: the model always prefers one of the two.
 CONFIDENCE_BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -30,16 +35,16 @@ CONFIDENCE_BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BASELINES = {"longer wins": "length_difference"}
 
 
-def sheet_report(preferences: Preferences) -> str:
+def sheet_report(judgements: Judgements) -> str:
     """What is odd about a sheet, in lines: judgements given twice, contradictions, and a preferred side."""
     seen: dict[tuple[str, frozenset[str]], list[str]] = {}
-    for row in preferences.dataset:
-        pair = (repr(row["prompt"]), frozenset((row["chosen"], row["rejected"])))
-        seen.setdefault(pair, []).append(row["chosen"])
+    for row in judgements.dataset:
+        chosen, rejected = reply_text(row["chosen"]), reply_text(row["rejected"])
+        seen.setdefault((repr(row["prompt"]), frozenset((chosen, rejected))), []).append(chosen)
     repeated = {pair: votes for pair, votes in seen.items() if len(votes) > 1}
     contradictory = sum(len(set(votes)) > 1 for votes in repeated.values())
     identical = sum(len(responses) == 1 for _, responses in seen)
-    labels, conversations = preferences.dataset["label"], preferences.dataset["conversation"]
+    labels, conversations = judgements.dataset["label"], conversations_of(judgements.dataset)
     sides = [float(label == POLICY_BETTER) for label in labels]
     _, low, high = share_interval(sides, conversations)
     bias = "" if low <= 0.5 <= high else "; one side is preferred: were they shuffled?"
@@ -54,10 +59,10 @@ def pair_table(reward: RewardModel, test: Dataset) -> pd.DataFrame:
     """Score pairs that `reward` has not seen."""
     chosen = reward.score(test["prompt"], test["chosen"], "scoring")
     rejected = reward.score(test["prompt"], test["rejected"], "scoring")
-    lengths = [len(c) - len(r) for c, r in zip(test["chosen"], test["rejected"], strict=True)]
+    lengths = [len(reply_text(c)) - len(reply_text(r)) for c, r in zip(test["chosen"], test["rejected"], strict=True)]
     return pd.DataFrame(
         {
-            "conversation": test["conversation"],
+            "conversation": conversations_of(test),
             "row": test["row"],
             "label": test["label"],
             "margin": (chosen - rejected).double().numpy(),
@@ -197,10 +202,68 @@ def _bars(axis, groups: dict[str, tuple[list[float], list[str]]]) -> None:
     axis.set(ylim=(0, 1.02), ylabel="accuracy, 95% interval")
 
 
-def write_report(table: pd.DataFrame, what: str, preferences: Preferences, folder: Path) -> str:
+def cross_validate(
+    train: Callable[[dict[Part, Dataset], Path], RewardModel],
+    folds: Sequence[dict[Part, Dataset]],
+    folder: Path,
+    is_main_process: bool,
+) -> pd.DataFrame:
+    """The pair table of a whole sheet, each pair scored by a model that never saw its conversation.
+
+    Args:
+        train: makes a model of a fold's parts in a folder of its own.
+        folds: as `folds_by_conversation` gives them.
+        folder: the run's; finished folds are kept in it, and a run that resumes does not train them again.
+        is_main_process: whether this process writes.
+    """
+    tables: list[pd.DataFrame] = []
+    started = time.time()
+    for number, parts in enumerate(folds, start=1):
+        where = folder / "folds" / str(number)
+        if not (where / PAIRS).is_file():
+            table = pair_table(train(parts, where), parts["test"])
+            if is_main_process:
+                shutil.rmtree(where, ignore_errors=True)  # its checkpoints
+                where.mkdir(parents=True)
+                table.to_parquet(where / PAIRS)
+            PartialState().wait_for_everyone()
+        tables.append(pd.read_parquet(where / PAIRS))
+        left = (time.time() - started) / number * (len(folds) - number) / 60
+        accuracy = accuracy_line(tables[-1])
+        logger.info("fold %d of %d: accuracy %s; %.0f minutes left", number, len(folds), accuracy, left)
+    return pd.concat(tables, ignore_index=True)
+
+
+def write_accuracy(
+    reward: RewardModel,
+    test: Dataset,
+    judgements: Judgements,
+    folder: Path,
+    cross_validated: pd.DataFrame | None = None,
+    folds: int = 0,
+) -> str:
+    """Write `accuracy.md`, `accuracy.png` and `pairs.parquet` into a model's folder; returns the tables.
+
+    Args:
+        reward: the model.
+        test: pairs that it never saw.
+        judgements: the whole sheet.
+        folder: where to.
+        cross_validated: the pair table of all of the sheet; what the files hold if it is there.
+        folds: how many models made it.
+    """
+    unseen = pair_table(reward, test)
+    if cross_validated is None:
+        return _write_report(unseen, "on conversations that it never saw", judgements, folder)
+    what = f"on all conversations, each by a model that never saw it ({folds} folds)"
+    text = _write_report(cross_validated, what, judgements, folder)
+    return f"{text}\n\n{accuracy_report(unseen, 'on conversations that this model never saw')}"
+
+
+def _write_report(table: pd.DataFrame, what: str, judgements: Judgements, folder: Path) -> str:
     """Write `accuracy.md`, `accuracy.png` and `pairs.parquet`; returns the report's table."""
     text = accuracy_report(table, what)
-    counts = f"{preferences.summary()}\n\n{sheet_report(preferences)}"
+    counts = f"{judgements.summary()}\n\n{sheet_report(judgements)}"
     (folder / ACCURACY_REPORT).write_text(
         f"# Accuracy\n\n{counts}\n\n{text}\n\n![]({ACCURACY_PICTURE})\n", encoding="utf-8"
     )

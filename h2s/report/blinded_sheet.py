@@ -26,15 +26,11 @@ from h2s.errors import InputError
 from h2s.report.intervals import share_text, sign_test_text
 
 SHEET, KEY = "blinded.xlsx", "blinded.key.json"
-
-
 # What XML cannot hold; openpyxl's own list lacks the last three, and a file that holds them cannot be opened.
 ILLEGAL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 CELL = 32_767  # characters; openpyxl cuts what is longer without a word
-
-
 SIDES = ("policy_response", "reference_response")
 
 
@@ -44,8 +40,6 @@ MEANINGS = {
     BOTH_POOR: "both are poor",
     TIE: "both are good, or equally good",
 }
-
-
 INSTRUCTIONS = (
     "How to judge",
     "Each row of the first sheet is a conversation (column A) and two replies to its last message (columns B and C).",
@@ -56,13 +50,16 @@ INSTRUCTIONS = (
 )
 
 
-def write_blinded_sheet(table: pd.DataFrame, folder: str | Path, seed: int) -> None:
+def write_blinded_sheet(table: pd.DataFrame, folder: str | Path, seed: int) -> tuple[Path, Path]:
     """Write `blinded.xlsx` (first worksheet to be judged, second the instructions) and `blinded.key.json`.
 
     Args:
         table: a row a context with `prompt` (messages) and the replies `soft` and `hard`.
         folder: where to.
         seed: draws the sides.
+
+    Returns:
+        The paths of both.
     """
     sides = random.Random(seed)
     book = Workbook()
@@ -99,13 +96,15 @@ def write_blinded_sheet(table: pd.DataFrame, folder: str | Path, seed: int) -> N
     for line in INSTRUCTIONS:
         page.append([line])
     page["A1"].font = Font(bold=True)
-    book.save(Path(folder) / SHEET)
+    path, key_path = Path(folder) / SHEET, Path(folder) / KEY
+    book.save(path)
     key = {"seed": seed, "soft_side": soft_sides, "rows": digests}
-    (Path(folder) / KEY).write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+    key_path.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+    return path, key_path
 
 
 def check_fits_cells(prompts: Iterable[Messages]) -> None:
-    """Whether each context fits into a cell: cut, it would be no conversation any more.
+    """Check that each context fits into a cell: cut, it would be no conversation any more.
 
     Raises:
         InputError: one does not, named by its place from 1.

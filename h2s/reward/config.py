@@ -53,3 +53,10 @@ class RewardModelConfig(RewardConfig):
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
+
+
+@dataclass
+class TaskArguments(RewardModelConfig):
+    """The section `task` of a recipe: `max_tokens` stands in its section `model`."""
+
+    max_tokens: int | None = field(default=None, init=False)

@@ -1,4 +1,7 @@
-"""What scores replies: functions, reward models and their adapters, called as TRL 1.16's `RLOOTrainer` calls rewards."""
+"""What scores replies: functions, reward models and their adapters.
+
+They are called as TRL 1.16's `RLOOTrainer` calls its rewards.
+"""
 
 import asyncio
 import copy
@@ -9,22 +12,35 @@ import math
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from peft import TaskType
 from transformers import TrainerState
 
 from h2s.data.messages import Messages
 from h2s.errors import InputError
+from h2s.hub import adapter_folder
+from h2s.prefix.adapter import read_adapter_config
 from h2s.reward.model import RewardModel
 
-# (prompts=, completions=, completion_ids=, every other column, trainer_state=, log_extra=, log_metric=) -> one number or
-# None a completion, which is a list of one message.
+# (prompts=, completions=, completion_ids=, every other column, trainer_state=, log_extra=, log_metric=) -> a number or
+# None for each completion, which is a list of one message.
 RewardFunction = Callable[..., Any]
 # What a reward is handed by these names; a column of the data set cannot have one of them.
 TAKEN_NAMES = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
+# Columns that a reward is not handed: TRL's, and what is derived from them.
+NOT_HANDED_ON = ("prompt", "completion", "completion_ids", "prompt_ids")
+
+
+def reward_columns(rows: Dataset | Mapping[str, list]) -> dict[str, list]:
+    """The columns of a data set or a batch that a reward is handed by their names."""
+    names = rows.column_names if isinstance(rows, Dataset) else rows
+    return {name: list(rows[name]) for name in names if name not in NOT_HANDED_ON}
 
 
 class RewardFunctions:
@@ -36,34 +52,45 @@ class RewardFunctions:
     rewards.total(values)  # (1,)
     ```
 
+    Adapters are checked at once and loaded by `load`, or by the first call.
+
     Args:
         reward_funcs: callables of TRL's signature (`async` ones are awaited together), `RewardModel`s, folders or Hub
             names of reward adapters, or a list of these.
         weights: one a reward; 1 each by default.
-        device: where adapters are loaded; this process's own by default.
 
     Attributes:
+        functions: what was given.
         names: as TRL makes them: a function's name, a callable's class, an adapter's folder.
+        weights: (F,).
 
     Raises:
-        InputError: something else is given, or the weights are of another number.
+        InputError: something else is given, an adapter is none, or the weights are of another number.
     """
 
     def __init__(
         self,
-        reward_funcs: RewardFunction | str | Path | Sequence[RewardFunction | str | Path],
+        reward_funcs: "RewardFunctions | RewardFunction | str | Path | Sequence[RewardFunction | str | Path]",
         weights: Sequence[float] | None = None,
-        device: str | torch.device | None = None,
     ):
+        if isinstance(reward_funcs, RewardFunctions):
+            reward_funcs = reward_funcs.functions
         given = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         if not given:
             raise InputError("expected at least one reward, got an empty list")
         if weights is not None and len(weights) != len(given):
             raise InputError(f"reward_weights must hold one weight a reward, got {len(weights)} for {len(given)}")
-        self.functions = [_as_function(reward, device) for reward in given]
+        self.functions: list[Any] = [_checked(reward) for reward in given]
         self.names = [_name(function) for function in self.functions]
         self.weights = torch.tensor([1.0] * len(given) if weights is None else weights, dtype=torch.float32)
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def load(self, device: str | torch.device | None = None) -> "RewardFunctions":
+        """Load the adapters, on this process's own device by default."""
+        self.functions = [
+            RewardModel.from_pretrained(f, device=device) if isinstance(f, str) else f for f in self.functions
+        ]
+        return self
 
     def __call__(
         self,
@@ -93,6 +120,7 @@ class RewardFunctions:
         Raises:
             ValueError: a reward does not return one value a reply.
         """
+        self.load()
         rows = {
             "prompts": list(prompts),
             "completions": [[{"role": "assistant", "content": reply}] for reply in replies],
@@ -120,6 +148,10 @@ class RewardFunctions:
         left_out = values.isnan().all(dim=1)
         return (values * self.weights.to(values.device)).nansum(dim=1).masked_fill(left_out, math.nan)
 
+    def cuts(self) -> Counter:
+        """How many contexts and responses its reward models cut to what they take."""
+        return sum((f.cuts for f in self.functions if isinstance(f, RewardModel)), Counter())
+
     def _await(self, coroutines: list[Coroutine]) -> list[Any]:
         """Wait for `async` rewards together, on one loop of their own: a client in them may be bound to it."""
         if not coroutines:
@@ -134,9 +166,16 @@ class RewardFunctions:
         return asyncio.run_coroutine_threadsafe(together(), self._loop).result()
 
 
-def _as_function(reward: Any, device: str | torch.device | None) -> RewardFunction:
+def _checked(reward: Any) -> RewardFunction | str:
+    """A reward as it was given; of an adapter its folder.
+
+    Raises:
+        InputError: it is neither a callable nor an adapter.
+    """
     if isinstance(reward, (str, Path)):
-        return RewardModel.from_pretrained(reward, device=device)
+        folder = adapter_folder(reward)
+        read_adapter_config(folder, TaskType.SEQ_CLS)
+        return folder
     if isinstance(reward, torch.nn.Module):
         raise InputError(f"a reward must be a function, a RewardModel or an adapter, got a {type(reward).__name__}")
     if not callable(reward):
@@ -150,13 +189,40 @@ def _unwrapped(function: RewardFunction) -> RewardFunction:
     return function
 
 
-def _name(function: RewardFunction) -> str:
+def _name(function: RewardFunction | str) -> str:
+    if isinstance(function, str):
+        return Path(function).name
     return getattr(_unwrapped(function), "__name__", type(_unwrapped(function)).__name__)
 
 
 def _is_async(function: RewardFunction) -> bool:
     plain = _unwrapped(function)
     return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(plain.__call__)  # type: ignore[operator]
+
+
+def open_scorers(
+    reward_adapter: str | None = None, judge_adapter: str | None = None, reward_function: str | None = None
+) -> dict[str, RewardFunctions]:
+    """The `reward` and the `judge` that are given, without their weights.
+
+    Args:
+        reward_adapter: of the reward.
+        judge_adapter: of a model that the policy was not trained on.
+        reward_function: in place of a reward adapter, a dotted path.
+
+    Raises:
+        InputError: one is not what it should be, or the judge is the reward.
+    """
+    given = {"reward": reward_adapter, "judge": judge_adapter}
+    scorers = {name: RewardFunctions(adapter) for name, adapter in given.items() if adapter is not None}
+    if len(scorers) == 2 and scorers["reward"].functions == scorers["judge"].functions:
+        raise InputError(
+            f"judge_adapter and reward_adapter are the same, {reward_adapter}: a judge is a model that the policy was "
+            "not trained on; train_reward.py --judge_share makes one"
+        )
+    if reward_function is not None:
+        scorers = {"reward": RewardFunctions(load_reward_function(reward_function)), **scorers}
+    return scorers
 
 
 def load_reward_function(path: str) -> RewardFunction:

@@ -273,8 +273,10 @@ class RewardModel(SavedAdapter):
         name = Path(str(folder_or_hub_id)).name
         return cls(model.to(device or PartialState().device), tokenizer, max_tokens, name=name)
 
-    def _save_files(self, folder: str | Path) -> None:
-        self.model.save_pretrained(folder)
+    def _save_files(self, folder: str | Path, is_main_process: bool = True) -> None:
+        self.model.save_pretrained(folder, is_main_process=is_main_process)
+        if not is_main_process:
+            return
         self.tokenizer.save_pretrained(folder)
         text = json.dumps({"max_tokens": self.max_tokens}, indent=2)
         (Path(folder) / H2S_FILE).write_text(text + "\n", encoding="utf-8")
@@ -319,20 +321,3 @@ class RewardModel(SavedAdapter):
     def __call__(self, prompts: Sequence[Messages], completions: Sequence[Messages], **kwargs: Any) -> list[float]:
         """TRL's reward-function signature around [`score`]."""
         return self.score(prompts, completions).tolist()
-
-
-def check_reward_adapters(reward: str | None, judge: str | None) -> dict[str, str]:
-    """The folders of the reward and judge adapters that are given, by `reward` and `judge`, without loading them.
-
-    Raises:
-        InputError: one is not a reward adapter, or the judge is the reward.
-    """
-    folders = {name: adapter_folder(a) for name, a in (("reward", reward), ("judge", judge)) if a is not None}
-    for folder in folders.values():
-        read_adapter_config(folder, TaskType.SEQ_CLS)
-    if len(set(folders.values())) < len(folders):
-        raise InputError(
-            f"judge_adapter and reward_adapter are the same, {reward}: a judge is a model that the policy was not "
-            "trained on; train_reward.py --judge_share makes one"
-        )
-    return folders

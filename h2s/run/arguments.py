@@ -13,7 +13,23 @@ def _data(help_text: str) -> Any:
 
 
 @dataclass
-class HardPromptArguments:
+class Section:
+    """A section of a recipe."""
+
+    def require(self, key: str, section: str) -> str:
+        """A setting without which nothing runs.
+
+        Raises:
+            InputError: it is missing.
+        """
+        value = getattr(self, key)
+        if not value:
+            raise InputError(f"{key} is missing: set it in section {section} of the recipe, or with --{key}")
+        return value
+
+
+@dataclass
+class HardPromptArguments(Section):
     """The model and the prompt that a prefix is made from."""
 
     model_name_or_path: str | None = _data("Chat model: a folder, a Hub name or embedded:gemma-3-270m.")
@@ -25,6 +41,7 @@ class HardPromptArguments:
     hard_prompt: str | None = _data("The system prompt itself.")
     hard_prompt_file: str | None = _data("A UTF-8 text file that holds the system prompt.")
     opening_user_message: str | None = _data("A user message before conversations that begin with the assistant.")
+    chat_template_kwargs: dict | None = _data("Settings of the model's chat template, as a mapping in the YAML.")
 
 
 @dataclass
@@ -36,9 +53,19 @@ class PolicyModelArguments(HardPromptArguments):
     reward_function: str | None = _data("In its place: a Python callable of TRL's signature, package.module.function.")
     judge_adapter: str | None = _data("A second one, made from other conversations, that selects and reports.")
 
+    def check_reward(self) -> None:
+        """Check that one reward is named.
+
+        Raises:
+            InputError: both or none is.
+        """
+        if (self.reward_adapter is None) == (self.reward_function is None):
+            given = "none" if self.reward_adapter is None else "both"
+            raise InputError(f"expected one of reward_adapter and reward_function in section model, got {given}")
+
 
 @dataclass
-class RewardModelArguments:
+class RewardModelArguments(Section):
     """The encoder that learns the judgements."""
 
     reward_model_name_or_path: str | None = _data("A BERT: a folder, a Hub name or embedded:minilm.")
@@ -47,7 +74,7 @@ class RewardModelArguments:
 
 
 @dataclass
-class AdapterArguments:
+class AdapterArguments(Section):
     """A trained policy."""
 
     policy_adapter: str | None = _data("A policy adapter made by convert_prompt.py or train_policy.py.")
@@ -67,7 +94,7 @@ class NoArguments:
 
 
 @dataclass
-class DatasetArguments:
+class DatasetArguments(Section):
     """The data and how it is split."""
 
     path: str | None = _data("The file (xlsx, csv, json, jsonl, parquet) or Hub data set.")
@@ -93,6 +120,21 @@ class CompareDatasetArguments(DatasetArguments):
 
     split: Literal["test", "all"] = field(default="test", metadata={"help": "The held-out part, or all contexts."})
     judged: str | None = _data("A blinded sheet of this recipe's, filled in: report people's verdict, run nothing.")
+
+    def which_contexts(self, trained_on: dict[str, Any]) -> str:
+        """What is compared, in words, and whether the prefix may have learnt from it.
+
+        Args:
+            trained_on: the section `dataset` of the prefix's own run; empty if it is not known.
+        """
+        if self.split == "all":
+            return "The contexts are all of the file: some may have trained the prefix."
+        text = f"The contexts are the test part by test_size {self.test_size} and split_seed {self.split_seed}."
+        size = trained_on.get("test_size", DatasetArguments.test_size)
+        seed = trained_on.get("split_seed", DatasetArguments.split_seed)
+        if "path" in trained_on and (size, seed) != (self.test_size, self.split_seed):
+            text += f" The prefix was trained by test_size {size} and split_seed {seed}: some may have trained it."
+        return text
 
 
 @dataclass
@@ -121,6 +163,7 @@ class ConvertArguments(RunArguments):
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository on the Hub."})
     hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
     hub_token: str | None = field(default=None, metadata={"help": "Token; that of `hf auth login` by default."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
 
 
 @dataclass
@@ -152,17 +195,6 @@ class CompareArguments(GenerateArguments):
         super().__post_init__()
         if self.best_of_n != 0 and self.best_of_n < 2:
             raise InputError(f"best_of_n must be 0 or at least 2, got {self.best_of_n}")
-
-
-def require_setting(value: str | None, key: str, section: str) -> str:
-    """A setting without which nothing runs.
-
-    Raises:
-        InputError: it is missing.
-    """
-    if not value:
-        raise InputError(f"{key} is missing: set it in section {section} of the recipe, or with --{key}")
-    return value
 
 
 def read_hard_prompt(arguments: HardPromptArguments) -> str:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,22 +15,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
 
 from h2s.errors import InputError, RunError
+from h2s.hub import SavedAdapter
 
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
 UNFINISHED, UNFINISHED_ADAPTER = "unfinished-checkpoint", "unfinished-adapter"
 PICKLED_ARGUMENTS = "training_args.bin"
-
-
-class Adapter(Protocol):
-    """What a trainer trains, as it is saved and pushed: a policy or a reward model."""
-
-    def write_card(self, folder: str | Path, report: str = "") -> None:
-        """Write its `README.md`."""
-
-    def push_to_hub(self, repo_id: str, report: str = "", **arguments: Any) -> str:
-        """Upload adapter, tokenizer, `h2s.json` and card in one commit."""
 
 
 class WholeCheckpoints(Trainer):
@@ -41,7 +32,7 @@ class WholeCheckpoints(Trainer):
     adapter go to the Hub: Trainer would upload the whole output folder.
     """
 
-    adapter: Adapter
+    adapter: SavedAdapter
 
     def __init__(self, *, args: TrainingArguments, **kwargs: Any):
         args = copy.copy(args)  # the caller's own stay as they are

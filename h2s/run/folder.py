@@ -21,12 +21,12 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from h2s.errors import InputError, RunError, Terminated
-from h2s.run.recipe import split_mismatch, write_recipe
+from h2s.run.recipe import RECIPE_FILE, split_mismatch, write_recipe
 
 # Of the whole package: what any module logs goes to a run's log.
 logger = logging.getLogger("h2s")
 
-LOG_FILE, RECIPE_FILE = "train.log", "recipe.yaml"
+LOG_FILE = "train.log"
 # A launcher passes on what a scheduler has sent to every process: two signals within these seconds are one.
 ONE_SIGNAL = 5
 
@@ -65,7 +65,7 @@ class Run:
         """Whether this process writes the run's files; no other does."""
         return PartialState().is_main_process
 
-    def start(self, model: Any, dataset: Any, task: Any, resume: bool = False) -> Path:
+    def start(self, model: Any, dataset: Any, task: Any, resume: bool = False, **defaults: Any) -> Path:
         """Make the run's folder, the same for every process, begin its log and save its recipe.
 
         Args:
@@ -73,6 +73,7 @@ class Run:
             dataset: the recipe's section `dataset`.
             task: the recipe's section `task`, with `output_dir` and `run_name` (a timestamp by default).
             resume: whether a run that exists is resumed, with the same split.
+            **defaults: those that the recipe was parsed with.
 
         Raises:
             InputError: the folder cannot be made, or it exists and holds something and the run does not resume it, or
@@ -88,7 +89,7 @@ class Run:
         self.folder = folder
         self._start_log(folder)
         if self.is_main_process:
-            write_recipe(folder / RECIPE_FILE, model, dataset, task)
+            write_recipe(folder / RECIPE_FILE, model, dataset, task, **defaults)
         return folder
 
     def callbacks(self) -> list[TrainerCallback]:

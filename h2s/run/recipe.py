@@ -18,11 +18,8 @@ from trl import TrlParser
 from h2s.errors import InputError, in_short
 
 SECTIONS = ("model", "dataset", "task")
-
-
+RECIPE_FILE = "recipe.yaml"  # in a run's folder: what was run
 SECRETS = ("hub_token", "push_to_hub_token")
-
-
 # Keys that name something to read, which is looked for beside the YAML first.
 INPUT_PATHS = (
     "path",
@@ -35,6 +32,8 @@ INPUT_PATHS = (
     "judge_adapter",
     "judged",
 )
+# PyYAML's own, and what its constructors raise: of 2024-13-45 a ValueError, of `!!bool many` a KeyError.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
@@ -116,7 +115,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError(f"no such recipe: {path} ({error.strerror})") from error
-    except Exception as error:  # whatever the constructors of PyYAML raise: of 2024-13-45, say, a ValueError
+    except YAML_ERRORS as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected the sections {', '.join(SECTIONS)}, got {type(content).__name__}")

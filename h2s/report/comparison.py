@@ -1,0 +1,172 @@
+"""What a comparison of soft and hard says: numbers, a Markdown report, a picture, and the over-optimisation verdict.
+
+The comparison table is that of `soft_vs_hard`.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from h2s.errors import RunError
+from h2s.report.intervals import adjusted_interval, difference_text, mean_interval, sign_test_text
+
+DIFFERENCES_PICTURE = "differences.png"
+# What `summarise` says of a score, and of the replies.
+SCORE_METRICS = (
+    "soft_{name}",
+    "hard_{name}",
+    "{name}_difference",
+    "{name}_difference_low",
+    "{name}_difference_high",
+    "{name}_same_length",
+    "{name}_same_length_low",
+    "{name}_same_length_high",
+    "{name}_win",
+    "{name}_tie",
+)
+REPLY_METRICS = ("kl", "soft_tokens", "hard_tokens", "soft_unfinished", "hard_unfinished", "contexts")
+
+
+def metric_names(scores: Iterable[str]) -> list[str]:
+    """All that `summarise` says of these scores."""
+    return [*(metric.format(name=name) for name in scores for metric in SCORE_METRICS), *REPLY_METRICS]
+
+
+def summarise(table: pd.DataFrame, name: str = "reward") -> dict[str, float]:
+    """The paired comparison in numbers, the difference being soft minus hard of one reward."""
+    scored = _scored(table, name)
+    soft, hard, conversations = scored[f"soft_{name}"], scored[f"hard_{name}"], scored["conversation"]
+    values = [soft.mean(), hard.mean(), *mean_interval(soft - hard, conversations)]
+    values += [*adjusted_interval(soft - hard, _longer(scored), conversations)[:3]]
+    values += [(soft > hard).mean(), (soft == hard).mean()]
+    replies = [table["kl"].mean(), table["soft_tokens"].mean(), table["hard_tokens"].mean()]
+    replies += [1 - table["soft_finished"].mean(), 1 - table["hard_finished"].mean(), len(table)]
+    return {n: float(v) for n, v in zip(metric_names([name]), [*values, *replies], strict=True)}
+
+
+def _scored(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The contexts of which neither reply was left out by the reward.
+
+    Raises:
+        RunError: it left out all of them.
+    """
+    scored = table.dropna(subset=[f"soft_{name}", f"hard_{name}"])
+    if scored.empty:
+        raise RunError(f"the {name} returned None for every pair of replies: there is nothing to compare")
+    return scored
+
+
+def _longer(table: pd.DataFrame) -> pd.Series:
+    return table["soft_tokens"] - table["hard_tokens"]
+
+
+def write_comparison(table: pd.DataFrame, names: Sequence[str], folder: Path) -> str:
+    """Draw `differences.png` into a folder, if there are scores; returns the Markdown report."""
+    if names:
+        picture(table, names, folder / DIFFERENCES_PICTURE)
+    return report(table, names)
+
+
+def report(table: pd.DataFrame, names: Sequence[str]) -> str:
+    """The paired comparison as Markdown, for people; a gain that is length is called so."""
+    lines = ["| | soft | hard | soft minus hard (95% interval) |", "|---|---|---|---|"]
+    conversations = table["conversation"]
+    count = conversations.nunique()
+    notes = []
+    for name in names:
+        scored = _scored(table, name)
+        soft, hard, groups = scored[f"soft_{name}"], scored[f"hard_{name}"], scored["conversation"]
+        lines.append(_row(name, soft, hard, groups))
+        left, low, high, slope = adjusted_interval(soft - hard, _longer(scored), groups)
+        interval = f"[{low:+.3f}, {high:+.3f}]" if groups.nunique() > 2 else "(no interval)"
+        lines.append(f"| {name}, at equal length | | | {left:+.3f} {interval}, {slope:+.3f} a token |")
+        wins, losses = int((soft > hard).sum()), int((soft < hard).sum())
+        test = f"{len(scored) - wins - losses} ties; {sign_test_text(soft - hard, groups)}"
+        lines.append(f"| {name}: wins of {len(scored)} | {wins} | {losses} | {test} |")
+        if len(scored) < len(table):
+            notes.append(f"The {name} left {len(table) - len(scored)} contexts out (it returned None).")
+        if mean_interval(soft - hard, groups)[1] > 0 >= low:
+            notes.append(f"At equal length no gain in {name} is shown: the gain may be length.")
+    for label, column, scale in (("tokens", "tokens", 1), ("unfinished", "finished", -1)):
+        soft, hard = table[f"soft_{column}"].astype(float), table[f"hard_{column}"].astype(float)
+        if scale < 0:
+            soft, hard = 1 - soft, 1 - hard
+        lines.append(_row(label, soft, hard, conversations))
+    kl = "-"
+    if table["kl"].notna().all():
+        kl = "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(table["kl"], conversations))
+    lines.append(f"| KL to the hard prompt, nats a reply | {kl} | 0 | |")
+    if count < 30:
+        notes.append(
+            f"Fewer than 30 conversations ({count}): intervals are too narrow where scores are skewed or conversations "
+            "differ in size (simulated with 10 and 16 conversations of one context, they covered 94 to 95% for normal "
+            "and 90 to 91% for exponential scores)."
+        )
+    lines += [f"\nn = {len(table)} contexts of {count} conversations.", *notes]
+    return "\n".join(lines)
+
+
+def _row(label: str, soft: pd.Series, hard: pd.Series, conversations: pd.Series) -> str:
+    return f"| {label} | {soft.mean():.3f} | {hard.mean():.3f} | {difference_text(soft - hard, conversations)} |"
+
+
+def picture(table: pd.DataFrame, names: Sequence[str], path: Path) -> None:
+    """Soft minus hard of each context, sorted, a panel a score; the line and band are the mean and its interval."""
+    figure = Figure(figsize=(6 * len(names), 4), layout="constrained")
+    for axis, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+        scored = _scored(table, name)
+        differences, conversations = scored[f"soft_{name}"] - scored[f"hard_{name}"], scored["conversation"]
+        ordered = np.sort(differences.to_numpy())
+        colours = ["tab:blue" if d > 0 else "tab:red" for d in ordered]
+        axis.bar(range(len(ordered)), ordered, color=colours)
+        mean, low, high = mean_interval(differences, conversations)
+        axis.axhline(mean, color="black", linewidth=1)
+        axis.axhspan(low, high, color="black", alpha=0.15)
+        axis.axhline(0, color="grey", linewidth=0.8)
+        title = f"{name}: {difference_text(differences, conversations)}, n={len(scored)}"
+        axis.set(title=title, xlabel="contexts, sorted", ylabel="soft minus hard")
+    figure.savefig(path, dpi=120)
+
+
+# What the hard prompt has over itself: a run that only ever loses against it has no better evaluation to fall from.
+HARD_PROMPT_EVALUATION = {
+    "step": 0,
+    "eval_reward_difference": 0.0,
+    "eval_judge_difference": 0.0,
+    "eval_judge_difference_low": 0.0,
+    "eval_judge_difference_high": 0.0,
+}
+
+
+def over_optimised(log_history: list[dict]) -> tuple[dict, dict] | None:
+    """Whether the last evaluation has more of the reward and less of the judge than the one the judge liked best.
+
+    That is over-optimisation: the policy has found what the reward mistakes for good (Gao et al., arXiv 2210.10760).
+    The hard prompt counts as an evaluation at step 0.
+
+    Returns:
+        The log lines of the judge's favourite and of the last evaluation; None if there is nothing to say.
+    """
+    evaluations = [line for line in log_history if "eval_judge_difference" in line]
+    if not evaluations:
+        return None
+    last = evaluations[-1]
+    best = max([*evaluations[:-1], HARD_PROMPT_EVALUATION], key=lambda line: line["eval_judge_difference"])
+    rises = last["eval_reward_difference"] > best["eval_reward_difference"]
+    return (best, last) if rises and last["eval_judge_difference"] < best["eval_judge_difference"] else None
+
+
+def over_optimisation_line(best: dict, last: dict) -> str:
+    """The verdict in words, with the judge's intervals: a small fall may be chance."""
+    judged = [
+        f"{e['eval_judge_difference']:+.3f} [{e['eval_judge_difference_low']:+.3f}, "
+        f"{e['eval_judge_difference_high']:+.3f}]"
+        for e in (best, last)
+    ]
+    return (
+        f"over-optimisation: since step {best['step']} the reward rose from {best['eval_reward_difference']:+.3f} to "
+        f"{last['eval_reward_difference']:+.3f} and the judge fell from {judged[0]} to {judged[1]}"
+    )

@@ -1,0 +1,64 @@
+"""What training did to a prefix: the same contexts answered by both prompts, and how far each layer moved."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from peft import PeftModel
+
+from h2s.data.messages import Messages
+from h2s.prefix.adapter import hard_prefix, soft_prefix
+from h2s.prefix.policy_model import PrefixTuningPolicyModel
+
+WHAT_CHANGED = "what_changed.md"
+EXAMPLES = 12
+
+
+def layer_movement(model: PeftModel) -> pd.DataFrame:
+    """How far keys and values of each layer moved from the hard prompt's.
+
+    Returns:
+        A row a layer: `keys` and `values`, the norm of the difference over the norm at the start (0 is unmoved).
+    """
+    start, now = (_keys_and_values(model, weight) for weight in (hard_prefix(model), soft_prefix(model)))
+    moved = (now - start).norm(dim=(0, 3)) / start.norm(dim=(0, 3)).clamp(min=1e-12)  # (layers, 2)
+    return pd.DataFrame(moved.tolist(), columns=["keys", "values"])
+
+
+def _keys_and_values(model: PeftModel, weight: torch.Tensor) -> torch.Tensor:
+    """PEFT's rows hold key then value, layer by layer: (P, layers * 2 * H) -> (P, layers, 2, H), float32."""
+    layers = model.active_peft_config.num_layers
+    return weight.detach().float().reshape(weight.shape[0], layers, 2, -1)
+
+
+def write_what_changed(
+    table: pd.DataFrame, policy: PrefixTuningPolicyModel, scores: Sequence[str], folder: Path
+) -> Path:
+    """Write `what_changed.md` into a folder; returns its path."""
+    path = folder / WHAT_CHANGED
+    path.write_text(what_changed(table, policy.model, scores), encoding="utf-8")
+    return path
+
+
+def what_changed(table: pd.DataFrame, model: PeftModel, scores: Sequence[str]) -> str:
+    """The report as Markdown: replies side by side (the first contexts of the table), then the layers."""
+    lines = ["# What changed", "", "The same contexts and random states; nothing here was trained on or chosen by.", ""]
+    for row in table.head(EXAMPLES).to_dict("records"):
+        lines += [_quoted(row["prompt"]), ""]
+        for side in ("hard", "soft"):
+            scored = ", ".join(f"{name} {row[f'{side}_{name}']:+.2f}" for name in scores)
+            ended = "" if row[f"{side}_finished"] else ", not finished"
+            lines.append(f"- {side} ({scored}{ended}): {_in_one_line(row[side])}")
+        lines.append("")
+    lines += ["How far the prefix moved, relative to its own size:", "", "| layer | keys | values |", "|---|---|---|"]
+    lines += [f"| {m.Index} | {m.keys:.4f} | {m.values:.4f} |" for m in layer_movement(model).itertuples()]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(prompt: Messages) -> str:
+    return "\n>\n".join(f"> {m['role']}: {_in_one_line(m['content'])}" for m in prompt)
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split()) or "(no text)"

@@ -167,8 +167,9 @@ def default_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _rendered_on(day: str, tokenizer: PreTrainedTokenizerBase, messages: Messages, settings: dict[str, Any]) -> str:
-    """A rendering in which the template's clock shows `day`: a variable goes before Jinja's global of that name."""
-    return render(tokenizer, messages, strftime_now=lambda _: day, **settings)
+    """A rendering in which the template's clock shows `day`: a macro goes before transformers' function of its name."""
+    clock = f"{{%- macro strftime_now(format) -%}}{day}{{%- endmacro -%}}"
+    return render(tokenizer, messages, chat_template=clock + tokenizer.chat_template, **settings)
 
 
 def _longer_conversation(tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix) -> str:

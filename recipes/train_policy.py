@@ -77,7 +77,7 @@ def main(run, argv: list[str] | None = None) -> None:
         if cuts := scorer.cuts():
             logger.info("the %s cut %d contexts, %d responses", name, cuts["context"], cuts["response"])
     logger.info("side by side, and how far each layer moved: %s", write_what_changed(table, policy, names, folder))
-    policy.save_pretrained(folder, measured)
+    policy.write_card(folder, measured)  # the adapter lies there already
     logger.info("best adapter saved to %s", folder)
     if push_to_hub:
         logger.info("pushed to %s", trainer.push_to_hub(report=measured))

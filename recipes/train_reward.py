@@ -14,8 +14,8 @@ from h2s.data.datasets import read_judgements
 from h2s.data.splits import folds_by_conversation, split_for_models
 from h2s.report.accuracy import cross_validate, sheet_report, write_accuracy
 from h2s.reward.config import TaskArguments
-from h2s.reward.model import RewardModel, open_encoder
-from h2s.run.arguments import RewardDatasetArguments, RewardModelArguments
+from h2s.reward.model import open_encoder
+from h2s.run import arguments
 from h2s.run.folder import run_recipe
 from h2s.run.recipe import parse_recipe
 
@@ -27,7 +27,7 @@ DEFAULTS = {"eval_strategy": "epoch"}  # there always are pairs that select
 @run_recipe
 def main(run, argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(
-        RewardModelArguments, RewardDatasetArguments, TaskArguments, argv, **DEFAULTS
+        arguments.RewardModelArguments, arguments.RewardDatasetArguments, TaskArguments, argv, **DEFAULTS
     )
 
     ########
@@ -64,10 +64,9 @@ def main(run, argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         return trainer
 
-    def reward_model(parts, where: Path) -> RewardModel:
-        return trained(parts, where).reward_model
-
-    scored = cross_validate(reward_model, folds, folder, run.is_main_process) if folds else None
+    scored = None
+    if folds:
+        scored = cross_validate(lambda *of: trained(*of).reward_model, folds, folder, run.is_main_process)
     for role, parts in roles.items():
         where = folder if role == "reward" else folder / role
         logger.info("%s: pairs that train %d, select %d, are reported %d", role, *(len(p) for p in parts.values()))

@@ -197,7 +197,10 @@ class SingleStepPPOTrainer(WholeCheckpoints):
             # Ranks hold different contexts: they shall not draw the same random numbers for them.
             set_seed(self.args.seed, device_specific=True)
             self._warm_up_value_head()
-        return self._update(model, self._roll_out(inputs))
+        rollout = self._roll_out(inputs)
+        if self.accelerator.gather(rollout.returns.isnan()).all():
+            return torch.zeros((), device=self.accelerator.device)  # not even Adam's momentum or weight decay moves it
+        return self._update(model, rollout)
 
     def _roll_out(self, inputs: dict[str, list], record: bool = True) -> Rollout:
         args, device = self.args, self.accelerator.device
@@ -282,7 +285,8 @@ class SingleStepPPOTrainer(WholeCheckpoints):
                 logps, old_logps, mask, rollout.advantages[index], args.cliprange, args.ratio_norm, rollout.mean_length
             )
             vf_loss = value_loss(values, rollout.returns[index])
-            loss = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * masked_mean(entropy, mask).mean()
+            bonus = (masked_mean(entropy, mask) * ~rollout.returns[index].isnan()).mean()
+            loss = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * bonus
             self.check_finite(f"the loss is {loss.item()}: {REMEDY}", loss)
             norm = self._apply(loss)
             if first_pass:

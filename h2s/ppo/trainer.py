@@ -44,7 +44,7 @@ from h2s.prefix.policy_model import PrefixTuningPolicyModel
 from h2s.report.comparison import over_optimisation_line, over_optimised, summarise
 from h2s.report.soft_vs_hard import soft_vs_hard
 from h2s.reward.functions import RewardFunction, RewardFunctions, reward_columns
-from h2s.run.checkpoints import EvaluateLastStep, LogBeforeSaving, WholeCheckpoints
+from h2s.run.checkpoints import ChooseAnewElsewhere, EvaluateLastStep, LogBeforeSaving, WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class SingleStepPPOTrainer(WholeCheckpoints):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.policy.tokenizer,
-            callbacks=[*(callbacks or []), EvaluateLastStep(), LogBeforeSaving()],
+            callbacks=[*(callbacks or []), ChooseAnewElsewhere(), EvaluateLastStep(), LogBeforeSaving()],
         )
         self.iterations = IterationLog(self.accelerator, self.rewards.names)
 

@@ -235,6 +235,16 @@ class EvaluateLastStep(TrainerCallback):
             control.should_evaluate = True
 
 
+class ChooseAnewElsewhere(TrainerCallback):
+    """A run resumed from another run's checkpoint has that run's best metric, but not its adapter: it chooses anew."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Forget the best step if no adapter lies at the run's root."""
+        if state.best_metric is not None and not (Path(args.output_dir) / "adapter_model.safetensors").is_file():
+            logger.info("the best step so far is not in %s: choosing among those that follow", args.output_dir)
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
 class LogBeforeSaving(TrainerCallback):
     """No log line spans a checkpoint: what it would be the mean of is in no checkpoint. To be the last callback."""
 

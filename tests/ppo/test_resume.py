@@ -1,0 +1,134 @@
+"""Checkpoints of a PPO run, and going on from them to the same bytes."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from ppo.runs import EVERY_STEP, KEEP_ALL, Course, logged, prefix_of, root_of, saved_prefix
+
+from h2s import InputError
+from h2s.prefix.adapter import HARD, hard_prompt_active, soft_prefix
+from h2s.run.checkpoints import UNFINISHED
+
+RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_mini_batches": 2, "contexts": range(20)}
+
+
+@pytest.fixture
+def said():
+    """What h2s logs, wherever a run has turned the logger's propagation."""
+    lines, logger = [], logging.getLogger("h2s")
+    handler, level = logging.Handler(), logger.level
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def assert_same(one, other):
+    """Prefix, value head and log to the last bit."""
+    assert torch.equal(prefix_of(one), prefix_of(other))
+    for name, value in one.model.value_head.state_dict().items():
+        assert torch.equal(other.model.value_head.state_dict()[name], value), name
+    for name in ("loss", "reward", "objective/kl", "eval_reward_difference"):
+        assert logged(one, name) == logged(other, name)
+
+
+def test_loading_a_checkpoint_restores_prefix_and_value_head(build):
+    trained = build(folder="trained", learning_rate=1e-2, save_strategy="steps", save_steps=2)
+    trained.train()
+    fresh = build(folder="fresh")
+    assert not torch.equal(prefix_of(fresh), prefix_of(trained))
+    fresh._load_from_checkpoint(str(root_of(trained) / "checkpoint-2"))
+    assert torch.equal(prefix_of(fresh), prefix_of(trained))
+    for name, value in trained.model.value_head.state_dict().items():
+        assert torch.equal(fresh.model.value_head.state_dict()[name], value), name
+    assert soft_prefix(fresh.policy.model).requires_grad
+    # The reference stays the hard prompt.
+    with hard_prompt_active(fresh.policy.model):
+        assert fresh.policy.model.active_adapter == HARD
+    hard = fresh.policy.model.prompt_encoder[HARD].embedding.weight
+    assert torch.equal(hard, trained.policy.model.prompt_encoder[HARD].embedding.weight)
+    assert not torch.equal(hard, prefix_of(fresh))
+
+
+@pytest.mark.parametrize("evaluations", [{}, EVERY_STEP])
+def test_a_resumed_run_ends_in_the_same_bytes(build, evaluations):
+    """As one that was ended after step 2: its checkpoint, and the best adapter of then at its root."""
+    ended = build(folder="again", **RUN | {"max_steps": 2}, **evaluations)
+    ended.train()
+    whole = build(folder="whole", **RUN, **evaluations)
+    whole.train()
+    again = build(folder="again", **RUN, **evaluations)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert_same(again, whole)
+    assert torch.equal(saved_prefix(root_of(again)), saved_prefix(root_of(whole)))
+
+
+def test_a_run_goes_on_from_a_folder(build):
+    """Of another run; the older checkpoint, where there is a newer one."""
+    whole = build(folder="whole", **RUN)
+    whole.train()
+    again = build(folder="again", **RUN)
+    again.train(resume_from_checkpoint=root_of(whole) / "checkpoint-2")
+    assert again.state.global_step == 4
+    assert_same(again, whole)
+
+
+def test_the_newest_complete_checkpoint_is_taken(build, said):
+    """By number, not by name; what was being written when the run ended is deleted."""
+    first = build(folder="run", max_steps=10, max_completion_length=2, num_ppo_epochs=1, **KEEP_ALL)
+    first.train()
+    unfinished = root_of(first) / UNFINISHED
+    shutil.copytree(root_of(first) / "checkpoint-9", unfinished / "checkpoint-11")
+    again = build(folder="run", max_steps=11, max_completion_length=2, num_ppo_epochs=1)
+    again.train(resume_from_checkpoint=True)
+    assert said[-1] == f"resuming from {root_of(first) / 'checkpoint-10'}"
+    assert len(logged(again, "loss")) == 11 and not unfinished.exists()
+
+
+def test_without_a_checkpoint_it_starts_over_and_says_so(build, said):
+    whole = build(folder="whole")
+    whole.train()
+    again = build(folder="again")
+    again.train(resume_from_checkpoint=True)
+    assert said == [f"no checkpoint in {root_of(again)} yet: starting over"]
+    assert_same(again, whole)
+
+
+def test_what_is_no_checkpoint_is_refused(build):
+    trainer = build(**KEEP_ALL)
+    trainer.train()
+    root = root_of(trainer)
+    for asked in ("latest", root, root / "checkpoint-3"):
+        with pytest.raises(InputError, match="resume_from_checkpoint must be True or a checkpoint's folder, got "):
+            trainer.train(resume_from_checkpoint=asked)
+
+
+def test_the_kept_step_may_lie_before_the_checkpoint(build):
+    """The best step is not judged anew: it is at the root."""
+    settings = {**EVERY_STEP, **KEEP_ALL}
+    first = build(Course([5.0, 1.0]), max_steps=2, **settings)
+    first.train()
+    again = build(Course([2.0, 3.0]), max_steps=4, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_global_step == 1
+    best = saved_prefix(root_of(again) / "checkpoint-1")
+    assert torch.equal(prefix_of(again), best) and torch.equal(saved_prefix(root_of(again)), best)
+    assert not torch.equal(best, saved_prefix(root_of(again) / "checkpoint-4"))
+
+
+def test_a_run_that_goes_on_elsewhere_chooses_anew(build, said):
+    """The best adapter so far lies in the folder that it came from."""
+    settings = {**EVERY_STEP, **KEEP_ALL}
+    first = build(Course([5.0, 1.0]), folder="first", **settings)
+    first.train()
+    again = build(Course([3.0, 2.0]), folder="again", max_steps=4, **settings)
+    again.train(resume_from_checkpoint=root_of(first) / "checkpoint-2")
+    assert f"the best step so far is not in {root_of(again)}: choosing among those that follow" in said
+    assert again.state.best_global_step == 3
+    best = saved_prefix(root_of(again) / "checkpoint-3")
+    assert torch.equal(prefix_of(again), best) and torch.equal(saved_prefix(root_of(again)), best)

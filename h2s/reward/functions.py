@@ -144,9 +144,13 @@ class RewardFunctions:
         return values
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The weighted sum, (N, F) -> (N,), without those that left a reply out; NaN where all did."""
-        left_out = values.isnan().all(dim=1)
-        return (values * self.weights.to(values.device)).nansum(dim=1).masked_fill(left_out, math.nan)
+        """The weighted sum, (N, F) -> (N,), without those that left a reply out; NaN where all did.
+
+        Infinite where one is, whatever weights (0, of both signs) would make of it.
+        """
+        left_out, infinite = values.isnan().all(dim=1), values.isinf().any(dim=1)
+        total = (values * self.weights.to(values.device)).nansum(dim=1)
+        return total.masked_fill(left_out, math.nan).masked_fill(infinite, math.inf)
 
     def cuts(self) -> Counter:
         """How many contexts and responses its reward models cut to what they take."""

@@ -6,8 +6,10 @@ prints everything after them. So a stock `tokenizer.apply_chat_template(conversa
 a model that already holds the prefix.
 """
 
+import inspect
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +30,10 @@ H2S_FILE = "h2s.json"
 PROBES = ("Hello there", "你好", "7 days", "(well)", "'s", "élan", "zebra", "🙂")
 # What a template's own expressions raise, beside Jinja's errors and the sandbox's.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+# No settings of a template: what `render` and transformers take themselves, and what the wrapper sets.
+TAKEN_NAMES = {"tokenizer", "messages", "rendered"} | inspect.signature(
+    PreTrainedTokenizerBase.apply_chat_template
+).parameters.keys()
 
 
 @dataclass(frozen=True)
@@ -265,9 +271,11 @@ def _as_jinja(settings: dict[str, Any]) -> dict[str, str]:
         InputError: a name or a value that cannot be written into a template.
     """
     for name, value in settings.items():
-        if not name.isidentifier() or not isinstance(value, (str, int, float)):
+        usable = isinstance(value, str) or (isinstance(value, (int, float)) and math.isfinite(value))
+        if not (isinstance(name, str) and name.isidentifier() and name not in TAKEN_NAMES and usable):
             raise InputError(
-                f"chat_template_kwargs must map names to text, numbers, true or false, got {name!r}: {value!r}"
+                "chat_template_kwargs must map the template's own settings to text, numbers, true or false, got "
+                f"{name!r}: {value!r}"
             )
     return {name: _jinja_text(value) for name, value in settings.items()}
 

@@ -1,13 +1,41 @@
 import json
+import logging
+from datetime import datetime
 
 import pytest
-from tiny import CHAT_TEMPLATE, HARD_PROMPT, build_tokenizer, sample_context, save_gemma
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from jinja2 import TemplateError
+from tiny import CHAT_TEMPLATE, HARD_PROMPT, build_tokenizer, sample_context, turns
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers import decoders as token_decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from h2s.errors import InputError
-from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, render, save_tokenizer, wrap_chat_template
+from h2s.models import load_tokenizer
+from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, render, wrap_chat_template
+
+# Prints every message as it comes; whatever is refused with it, the wrapper refuses.
+UNCHECKED = (
+    "{{- bos_token -}}{%- for turn in messages -%}"
+    "{{- '<start_of_turn>' + turn['role'] + '\n' + turn['content'] + '<end_of_turn>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<start_of_turn>assistant\n' -}}{%- endif -%}"
+)
+# Mistral 0.3's way: the system message stands in the last user turn.
+AT_THE_LAST_TURN = (
+    "{{- bos_token -}}{%- for turn in messages[1:] -%}{%- if turn['role'] == 'user' -%}"
+    "{{- '[INST] ' + (messages[0]['content'] + '\n\n' if loop.last else '') + turn['content'] + '[/INST]' -}}"
+    "{%- else -%}{{- ' ' + turn['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"
+)
+SYSTEM_TURN = "{%- set first = messages[0]['content'] + '\n\n' -%}"
+assert SYSTEM_TURN in CHAT_TEMPLATE
+DATED = CHAT_TEMPLATE.replace(SYSTEM_TURN, SYSTEM_TURN.replace("'\n\n'", "' Today is ' + strftime_now('%A') + '.\n\n'"))
+# Llama 3.2's way: the day, unless it is given.
+DATE_STRING = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}"
+    "{%- endif %}" + CHAT_TEMPLATE.replace(SYSTEM_TURN, SYSTEM_TURN.replace("set first =", "set first = date_string +"))
+)
+TEMPLATES = {"alternating": CHAT_TEMPLATE, "unchecked": UNCHECKED}
 
 AWKWARD = [
     "Be kind 🙂👨‍👩‍👧 and say 'hi' or \"hello\".",
@@ -20,12 +48,22 @@ AWKWARD = [
 OPENINGS = [None, "start", '開始 🙂 {{ x }} "q"']
 
 
-def stock_and_wrapped(hard_prompt, opening=None, template=CHAT_TEMPLATE):
+def stock_and_wrapped(hard_prompt, opening=None, template=CHAT_TEMPLATE, settings=None):
     stock, wrapped = build_tokenizer(), build_tokenizer()
     stock.chat_template = wrapped.chat_template = template
-    prefix = chat_prefix(wrapped, hard_prompt, opening)
+    prefix = chat_prefix(wrapped, hard_prompt, opening, settings)
     wrap_chat_template(wrapped, prefix)
     return stock, wrapped, prefix
+
+
+def save_and_load(tokenizer, folder):
+    """The tokenizer as plain transformers gets it."""
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def plain_rendering(tokenizer, messages, **settings):
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
 
 
 def context(opening, text="I went for a walk."):
@@ -53,10 +91,12 @@ def test_prefix_with_opening_user_message_ends_where_the_assistant_begins():
     assert prefix.first_role == "assistant"
 
 
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 @pytest.mark.parametrize("opening", OPENINGS)
 @pytest.mark.parametrize("hard_prompt", [HARD_PROMPT, "a", *AWKWARD])
-def test_prefix_text_and_wrapped_rendering_are_the_whole(hard_prompt, opening):
-    stock, wrapped, prefix = stock_and_wrapped(hard_prompt, opening)
+def test_prefix_text_and_wrapped_rendering_are_the_whole(hard_prompt, opening, template, caplog):
+    stock, wrapped, prefix = stock_and_wrapped(hard_prompt, opening, template)
+    assert not caplog.records
     for text in ("hello", "🙂 你好 %} {{ x }}", "7 'quoted' \"words\""):
         for waits in (False, True):
             messages = context(opening, text)
@@ -69,8 +109,7 @@ def test_prefix_text_and_wrapped_rendering_are_the_whole(hard_prompt, opening):
 @pytest.mark.parametrize("hard_prompt", AWKWARD)
 def test_wrapped_template_survives_saving(hard_prompt, tmp_path):
     stock, wrapped, prefix = stock_and_wrapped(hard_prompt)
-    wrapped.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    loaded = save_and_load(wrapped, tmp_path)
     messages = context(None)
     assert prefix.text + render(loaded, messages, True) == render(
         stock, stock_messages(hard_prompt, None, messages), True
@@ -248,21 +287,215 @@ def test_load_errors(content, words, tmp_path):
         ChatPrefix.load(tmp_path)
 
 
-@pytest.mark.parametrize("extra", [0, 1, 3])
-def test_saved_tokenizer_has_no_more_entries_than_the_embeddings(extra, tmp_path):
-    save_gemma(tmp_path / "model", extra=extra)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    rows = len(tokenizer) - extra
-    save_tokenizer(tokenizer, tmp_path / "saved", rows)
-    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert len(saved) == rows
-    assert max(saved.get_vocab().values()) == rows - 1
-    text = "<bos>how was it, 你好 🙂<end_of_turn>"
-    assert saved(text).input_ids == tokenizer(text).input_ids
-    assert saved.pad_token_id == tokenizer.pad_token_id and saved.eos_token_id == tokenizer.eos_token_id
+# What the wrapped template refuses by itself, in plain transformers
 
 
-def test_tokenizer_whose_own_vocabulary_is_too_large_is_refused(tmp_path):
-    tokenizer = build_tokenizer(extra=1)
-    with pytest.raises(InputError, match=f"{len(tokenizer) - 1} entries for {len(tokenizer) - 3} embedding rows"):
-        save_tokenizer(tokenizer, tmp_path, len(tokenizer) - 3)
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize(
+    ("opening", "roles", "words"),
+    [
+        (None, ["system", "user"], "this adapter holds the system prompt"),
+        (None, ["developer", "user"], "this adapter holds the system prompt"),
+        ("start", ["system", "assistant", "user"], "this adapter holds the system prompt"),
+        ("start", ["developer", "assistant"], "this adapter holds the system prompt"),
+        ("start", ["user"], "a conversation with this adapter begins with the assistant"),
+        ("start", ["user", "assistant", "user"], "a conversation with this adapter begins with the assistant"),
+        (None, ["assistant", "user"], "turns alternate|does not begin as the hard prompt"),
+    ],
+)
+def test_conversations_that_plain_transformers_refuses(template, opening, roles, words, tmp_path):
+    _, wrapped, prefix = stock_and_wrapped(HARD_PROMPT, opening, template)
+    loaded = save_and_load(wrapped, tmp_path)
+    with pytest.raises(TemplateError, match=words):
+        plain_rendering(loaded, turns(*roles))
+    assert plain_rendering(loaded, turns(prefix.first_role))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(("old", "new"), [("{{- bos_token -}}", ""), ("<start_of_turn>", "<turn>")])
+def test_template_that_was_changed_after_converting(name, old, new, tmp_path):
+    """The original is edited inside the wrapper, not the wrapper's own text."""
+    _, wrapped, _ = stock_and_wrapped(HARD_PROMPT, template=TEMPLATES[name])
+    assert plain_rendering(save_and_load(wrapped, tmp_path), context(None))
+    file = tmp_path / "chat_template.jinja"
+    text, original = file.read_text(encoding="utf-8"), TEMPLATES[name]
+    changed = (
+        original.replace(old, new) if old in original else original.replace("turn['role']", "turn['role'] | title")
+    )
+    assert original in text and changed != original
+    file.write_text(text.replace(original, changed), encoding="utf-8")
+    with pytest.raises(TemplateError, match=r"does not begin as the hard prompt .* or was changed"):
+        plain_rendering(AutoTokenizer.from_pretrained(tmp_path), context(None))
+
+
+def test_system_message_that_moves_to_the_last_turn(tmp_path, caplog):
+    stock, wrapped, prefix = stock_and_wrapped(HARD_PROMPT, template=AT_THE_LAST_TURN)
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING and "only conversations of one turn can be answered" in warning.message
+    one, three = turns("user"), turns("user", "assistant", "user")
+    whole = plain_rendering(stock, stock_messages(HARD_PROMPT, None, one))
+    loaded = save_and_load(wrapped, tmp_path)
+    assert prefix.text + plain_rendering(loaded, one) == whole
+    assert prefix.token_ids + encode_prompts(loaded, prefix, [one])[0] == stock(whole).input_ids
+    with pytest.raises(TemplateError, match="renders the system message elsewhere"):
+        plain_rendering(loaded, three)
+    with pytest.raises(InputError, match=r"context 2: .* renders the system message elsewhere"):
+        encode_prompts(loaded, prefix, [one, three])
+
+
+# The day, and the template's settings
+
+
+@pytest.fixture
+def another_day(monkeypatch):
+    class Day(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(1999, 12, 31)
+
+    return lambda: monkeypatch.setattr(chat_template_utils, "datetime", Day)
+
+
+@pytest.mark.parametrize("template", [DATED, DATE_STRING], ids=["weekday", "date_string"])
+def test_template_that_prints_the_day_is_refused(template):
+    with pytest.raises(InputError, match=r"prints the date.*date_string") as error:
+        stock_and_wrapped(HARD_PROMPT, template=template)
+    assert "\n" not in str(error.value)
+
+
+def test_day_that_is_fixed_by_a_setting(tmp_path, another_day):
+    settings = {"date_string": "01 Jan 2025"}
+    stock, wrapped, prefix = stock_and_wrapped(HARD_PROMPT, template=DATE_STRING, settings=settings)
+    loaded = save_and_load(wrapped, tmp_path)
+    messages = stock_messages(HARD_PROMPT, None, context(None))
+    today = plain_rendering(stock, messages)
+    another_day()
+    assert today != plain_rendering(stock, messages) and "31 Dec 1999" in plain_rendering(stock, messages)
+    whole = plain_rendering(stock, messages, **settings)
+    assert prefix.text + plain_rendering(loaded, context(None)) == whole
+    assert "01 Jan 2025" in prefix.text
+
+
+# As Qwen 3's switch, behind the conversation; beside it what else a setting can be.
+SWITCHED = CHAT_TEMPLATE + (
+    "{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false -%}"
+    "{{- '<think></think>' -}}{%- endif -%}{{- style | default('') ~ 2 * (number | default(1)) -}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "end"),
+    [
+        ({}, "2"),
+        ({"enable_thinking": True}, "2"),
+        ({"enable_thinking": False}, "<think></think>2"),
+        ({"number": -3}, "-6"),
+        ({"style": AWKWARD[1] + AWKWARD[2], "number": 0.25}, AWKWARD[1] + AWKWARD[2] + "0.5"),
+    ],
+)
+def test_settings_are_baked_in(settings, end, tmp_path):
+    stock, wrapped, prefix = stock_and_wrapped(HARD_PROMPT, template=SWITCHED, settings=settings)
+    loaded = save_and_load(wrapped, tmp_path)
+    text = plain_rendering(loaded, context(None))
+    assert text.endswith(f"<start_of_turn>model\n{end}")
+    assert prefix.text + text == plain_rendering(stock, stock_messages(HARD_PROMPT, None, context(None)), **settings)
+    # What the caller sets afterwards does not move them.
+    assert plain_rendering(loaded, context(None), **dict.fromkeys(settings, "other")) == text
+    prefix.save(tmp_path)
+    assert repr(ChatPrefix.load(tmp_path).chat_template_kwargs) == repr(settings)  # True is no 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"enable_thinking": None},
+        {"styles": ["a"]},
+        {"styles": {"a": 1}},
+        {"two words": 1},
+        {"x = 1 %}": 1},
+        {3: 1},
+        {True: 1},
+        {"number": float("nan")},
+        {"number": float("inf")},
+        {"messages": "hello"},
+        {"rendered": "hello"},
+        {"tokenizer": 1},
+        {"tokenize": True},
+        {"add_generation_prompt": False},
+        {"chat_template": "{{ messages }}"},
+    ],
+    ids=repr,
+)
+def test_what_is_no_setting(settings):
+    with pytest.raises(InputError, match=r"chat_template_kwargs must map .* got ") as error:
+        chat_prefix(build_tokenizer(), HARD_PROMPT, None, settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "null"])
+def test_settings_in_h2s_json_that_are_none(content, tmp_path):
+    chat_prefix(build_tokenizer(), HARD_PROMPT).save(tmp_path)
+    text = (tmp_path / "h2s.json").read_text(encoding="utf-8")
+    (tmp_path / "h2s.json").write_text(text.replace('"chat_template_kwargs": {}', f'"chat_template_kwargs": {content}'))
+    with pytest.raises(InputError, match="does not describe a policy adapter"):
+        ChatPrefix.load(tmp_path)
+
+
+def test_h2s_json_of_an_adapter_made_before_there_were_settings(tmp_path):
+    prefix = chat_prefix(build_tokenizer(), HARD_PROMPT)
+    prefix.save(tmp_path)
+    fields = json.loads((tmp_path / "h2s.json").read_text(encoding="utf-8"))
+    del fields["chat_template_kwargs"]
+    (tmp_path / "h2s.json").write_text(json.dumps(fields), encoding="utf-8")
+    assert ChatPrefix.load(tmp_path) == prefix
+
+
+# Several templates, and the beginning that a tokenizer adds
+
+
+@pytest.mark.parametrize("names", [["default", "tool_use"], ["tool_use", "rag"]])
+def test_named_templates(names, tmp_path):
+    named = build_tokenizer()
+    named.chat_template = {name: CHAT_TEMPLATE if name == "default" else GLUED for name in names}
+    named.save_pretrained(tmp_path / "base")
+    loaded = load_tokenizer(str(tmp_path / "base"))
+    assert set(loaded.chat_template) == set(names)
+    if "default" not in names:
+        with pytest.raises(InputError, match=r"has the chat templates .*rag.* none of them is the default"):
+            chat_prefix(loaded, HARD_PROMPT)
+        return
+    prefix = chat_prefix(loaded, HARD_PROMPT)
+    wrap_chat_template(loaded, prefix)
+    wrapped = save_and_load(loaded, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "additional_chat_templates").exists()
+    whole = plain_rendering(named, stock_messages(HARD_PROMPT, None, context(None)))
+    assert prefix.text + plain_rendering(wrapped, context(None)) == whole
+
+
+def adds(single, *before):
+    template = processors.TemplateProcessing(single, f"{single} $B", [("<bos>", 2), ("<eos>", 1)])
+    return processors.Sequence([*before, template]) if before else template
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [adds("<bos> $A"), adds("<bos> $A <eos>"), adds("<bos> $A", processors.ByteLevel(trim_offsets=False))],
+    ids=["bos", "bos and eos", "Llama 3's"],
+)
+def test_no_second_bos(processor, tmp_path):
+    """The prefix holds it: a rendering that is tokenised afterwards gets the ids that `apply_chat_template` gives."""
+    adding = build_tokenizer()
+    adding.backend_tokenizer.post_processor = processor
+    adding.save_pretrained(tmp_path / "base")
+    stock = AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert stock("tea").input_ids[0] == 2
+    tokenizer = load_tokenizer(str(tmp_path / "base"))
+    prefix = chat_prefix(tokenizer, HARD_PROMPT)
+    wrap_chat_template(tokenizer, prefix)
+    loaded = save_and_load(tokenizer, tmp_path / "adapter")
+    whole = plain_rendering(stock, stock_messages(HARD_PROMPT, None, context(None)))
+    rest = stock(whole, add_special_tokens=False).input_ids[len(prefix.token_ids) :]
+    for ready in (tokenizer, loaded):
+        assert ready(plain_rendering(ready, context(None))).input_ids == rest
+        assert ready.apply_chat_template(context(None), add_generation_prompt=True)["input_ids"] == rest
+        assert encode_prompts(ready, prefix, [context(None)]) == [rest]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from tiny import build_reward_model
 from transformers import TrainerState
@@ -70,7 +71,7 @@ BATCH = {
 def by_trl(function, state, log_extra, log_metric, ids):
     """What TRL's own trainer makes of one reward on the batch, (N, 1)."""
     trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(device="cpu", is_main_process=True),
+        accelerator=Accelerator(cpu=True),
         args=SimpleNamespace(report_to=[]),
         reward_funcs=[function],
         reward_processing_classes=[None],
@@ -206,7 +207,7 @@ def test_names_are_trls(reward_adapter, bert_folder):
         length,
         functools.partial(length, factor=2),
         Scale(2),
-        functools.partial(functools.partial(Scale(3)), more=1),
+        functools.partial(Scale(3), more=1),
         length_later,
         functools.partial(length_later, more=1),
         ScaleLater(4),
@@ -273,7 +274,7 @@ def test_what_is_no_reward_is_refused_before_anything_loads(given, weights, mess
 
 
 def test_policy_adapter_is_no_reward(policy_adapter):
-    with pytest.raises(InputError, match="is not a reward adapter made by h2s: it is a .*PREFIX_TUNING adapter for"):
+    with pytest.raises(InputError, match=r"is not a reward adapter made by h2s: it is a .*PREFIX_TUNING adapter for"):
         RewardFunctions([length, policy_adapter])
 
 

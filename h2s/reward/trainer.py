@@ -155,6 +155,10 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         tokens, cuts = self.reward_model.max_tokens, self.cuts
         logger.info("cut to %d tokens: %d contexts, %d responses", tokens, cuts["context"], cuts["response"])
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter as `reward_model.save_pretrained` writes it: Trainer's own lacks `h2s.json` and adds a pickle."""
+        self.reward_model.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
+
     def get_train_dataloader(self) -> DataLoader:
         """Batches of pairs in the order of [`ConversationSampler`], the same on every process; each takes its share."""
         args, pairs = self.args, self.train_dataset

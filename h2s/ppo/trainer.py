@@ -113,7 +113,6 @@ class SingleStepPPOTrainer(WholeCheckpoints):
         if peft_config is not None:
             raise InputError(NOT_PREFIX)
         args = copy.copy(args) if args is not None else SingleStepPPOConfig()
-        set_seed(args.seed)
         if isinstance(model, (str, Path)):
             model = PrefixTuningPolicyModel.from_pretrained(model, device=args.device)
         if not isinstance(model, PrefixTuningPolicyModel):
@@ -140,6 +139,8 @@ class SingleStepPPOTrainer(WholeCheckpoints):
         self.optimizer: Any  # a torch optimizer, then Accelerate's wrapper of it
         self.control: Any
         self.policy.add_hard_prompt()
+        # Loading draws random numbers: what was loaded here, and what before, makes no difference to the value head.
+        set_seed(args.seed)
         super().__init__(
             model=PolicyWithValueHead(self.policy.model, args.temperature),
             args=args,

@@ -78,17 +78,17 @@ def encode_pair(
     Returns:
         `input_ids`, `token_type_ids` (0 up to the first [SEP], 1 after it) and `attention_mask`, lists of one length.
     """
-    as_text: dict[str, Any] = {"split_special_tokens": True, "verbose": False}
-    head, tail = (len(tokenizer(t, add_special_tokens=False, **as_text).input_ids) for t in (context, response))
-    room = max_tokens - tokenizer.num_special_tokens_to_add(pair=True)
+    # Not cut by the tokenizer: it would keep the side and the length, and save them as its own.
+    whole = tokenizer(context, response, split_special_tokens=True, verbose=False)
+    sides = whole.sequence_ids()  # 0, 1, or None of a special token
+    of_context, of_response = ([i for i, s in enumerate(sides) if s == side] for side in (0, 1))
+    over = max(len(sides) - max_tokens, 0)
+    over_response = max(over - len(of_context), 0)
+    cut = {*of_context[:over], *of_response[len(of_response) - over_response :]}
     if cuts is not None:
-        cuts["context"] += bool(head) and head + tail > room
-        cuts["response"] += tail > room
-    if tail >= room:  # nothing is left of the context
-        tokenizer.truncation_side = "right"
-        return tokenizer("", response, truncation="only_second", max_length=max_tokens, **as_text)
-    tokenizer.truncation_side = "left"
-    return tokenizer(context, response, truncation="only_first", max_length=max_tokens, **as_text)
+        cuts["context"] += bool(of_context) and over > 0
+        cuts["response"] += over_response > 0
+    return BatchEncoding({name: [v for i, v in enumerate(row) if i not in cut] for name, row in whole.items()})
 
 
 def open_encoder(

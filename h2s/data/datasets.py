@@ -66,6 +66,8 @@ def _typed(where: str, column: pd.Series) -> list:
         InputError: they are not; a data set cannot hold them.
     """
     values = [None if value is None or value is pd.NA or value != value else value for value in column]
+    if not all(isinstance(value, str | None) for value in values):  # a workbook's empty cell is '' among numbers too
+        values = [None if value == "" else value for value in values]
     try:
         Dataset.from_dict({"column": values})
     except (TypeError, ValueError, NotImplementedError, OverflowError) as error:  # Arrow's, which derive from these
@@ -150,7 +152,8 @@ def read_judgements(path: str, need_direction: bool = True) -> Judgements:
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "label": value, "row": number})
     if need_direction and not pairs:
         raise InputError(f"{path}: no row is labelled 0 or 1, so there is no preference to learn ({len(table)} rows)")
-    return Judgements(Dataset.from_list(pairs), counts)
+    columns = ("prompt", "chosen", "rejected", "label", "row")  # also where there is no pair
+    return Judgements(Dataset.from_dict({name: [pair[name] for pair in pairs] for name in columns}), counts)
 
 
 def _in_column(column: str, read, cell: Any) -> Any:

@@ -1,128 +1,224 @@
+"""Contexts and judgements as data sets: what a row becomes, what is set aside, and which row or column is refused."""
+
+import datetime
 import json
 
-import pandas as pd
 import pytest
-from openpyxl import Workbook
-from tiny import sample_context
+from data.written import write_table
+from tiny import COLUMNS, sample_context
+from trl import is_conversational
 
-from h2s.data.datasets import COLUMNS, load_preferences
-from h2s.data.messages import conversation_id
+import h2s
+from h2s.data.datasets import load_contexts, load_preferences, read_judgements
+from h2s.data.tables import FORMATS
 from h2s.errors import InputError
 
-CONTEXT = "[{'role': 'user', 'content': 'hi there'}]"
+USER = {"role": "user", "content": "hi there"}
+ASSISTANT = {"role": "assistant", "content": "hello"}
+CONTEXT = str([USER])
 ROW = [CONTEXT, "how was it?", "I see.", 0]
+ODD_TEXTS = ["NA", "null", "nan", "#N/A", "a\nb", "a\u2028b", '"quoted", and, commas', "=1+1", "1.50", "007", "TRUE"]
 
 
-def workbook(folder, rows, columns=COLUMNS, name="sheet.xlsx"):
-    book = Workbook()
-    book.active.append(list(columns))
-    for number, row in enumerate(rows, start=2):
-        for column, value in enumerate(row, start=1):
-            cell = book.active.cell(number, column, value)
-            if isinstance(value, str):
-                cell.data_type = "s"  # also what looks like a formula or an error
-    book.save(folder / name)
-    return str(folder / name)
+def write_items(folder, items):
+    (folder / "contexts.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
+    return str(folder / "contexts.json")
+
+
+def write_sheet(folder, rows, suffix=".xlsx", columns=COLUMNS):
+    return write_table(folder, suffix, {c: [row[n] for row in rows] for n, c in enumerate(columns)}, "sheet")
+
+
+def test_bad_input_is_a_value_error():
+    """As whoever calls from Python would catch it."""
+    assert issubclass(h2s.InputError, ValueError)
+    with pytest.raises(ValueError, match=r"no such file: none\.json .expected a JSON list of items with a 'context'"):
+        h2s.load_contexts("none.json")
+
+
+# Contexts
+
+
+def test_mixed_forms_in_one_json(tmp_path):
+    forms = ["hi there", [USER], CONTEXT, json.dumps([USER])]
+    forms.append([{"role": "user", "content": [{"type": "text", "text": "hi there"}]}])
+    contexts = load_contexts(write_items(tmp_path, [{"context": f} for f in [*forms, [ASSISTANT, USER]]]))
+    assert contexts.column_names == ["prompt"]
+    assert list(contexts["prompt"]) == [[USER]] * 5 + [[ASSISTANT, USER]]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_all_formats_give_the_same_contexts(tmp_path, suffix):
+    expected = [sample_context(i) for i in range(5)] + [[{"role": "user", "content": t}] for t in ODD_TEXTS]
+    cells = [json.dumps(c, ensure_ascii=False) if suffix in (".csv", ".xlsx") else c for c in expected]
+    contexts = load_contexts(write_table(tmp_path, suffix, {"context": cells}))
+    assert list(contexts["prompt"]) == expected
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_further_columns_stay_beside_their_rows(tmp_path, suffix):
+    """What the format can say of them: csv knows text alone, parquet makes floats of integers beside a gap."""
+    columns = {
+        "topic": ["tea", "rain", "NA"],
+        "length": [3, None, 2**40],
+        "weight": [0.5, 2, 1],
+        "context": ["a", "b", "c"],
+    }
+    contexts = load_contexts(write_table(tmp_path, suffix, columns))
+    assert set(contexts.column_names) == {"prompt", "topic", "length", "weight"}
+    assert [p[0]["content"] for p in contexts["prompt"]] == ["a", "b", "c"]
+    assert list(contexts["topic"]) == ["tea", "rain", "NA"]
+    if suffix == ".csv":
+        assert list(contexts["weight"]) == ["0.5", "2.0", "1.0"]
+    else:
+        assert list(contexts["length"]) == [3, None, 2**40]
+        assert list(contexts["weight"]) == [0.5, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [{"a": 1}, None, {"a": 2}],
+        [["x"], [], ["y", "z"]],
+        [True, None, False],
+        [None, None, None],
+        [None, "text", ""],
+    ],
+)
+def test_values_of_a_column(tmp_path, values):
+    items = [{"context": "hi", "extra": v} for v in values]
+    assert list(load_contexts(write_items(tmp_path, items))["extra"]) == values
+    del items[1]["extra"]  # a key that an item lacks is a value that is missing
+    assert load_contexts(write_items(tmp_path, items))["extra"][1] is None
+
+
+def test_values_of_a_workbook(tmp_path):
+    """An empty cell is missing among numbers, dates and truth values too."""
+    day = datetime.datetime(2024, 1, 2)
+    columns = {"context": ["a", "b"], "number": [None, 7], "day": [day, None], "true": [None, True]}
+    contexts = load_contexts(write_table(tmp_path, ".xlsx", columns))
+    assert [list(contexts[name]) for name in ("number", "day", "true")] == [[None, 7], [day, None], [None, True]]
+
+
+@pytest.mark.parametrize(
+    ("values", "suffix"),
+    [
+        ([1, "a"], ".json"),
+        ([1, "a"], ".xlsx"),
+        (["a", 1], ".json"),
+        ([True, 1], ".json"),
+        ([{"a": 1}, [1]], ".json"),
+        ([{"a": 1}, {"a": "b"}], ".json"),
+        ([2**70, 1], ".json"),
+    ],
+)
+def test_a_column_of_mixed_types_is_refused_by_name(tmp_path, values, suffix):
+    path = write_table(tmp_path, suffix, {"context": ["hi", "ho"], "topic": ["x", "y"], "extra": values})
+    with pytest.raises(InputError, match=rf"table{suffix}, column extra: .*one type .*: mend or drop it") as error:
+        load_contexts(path)
+    assert str(error.value).isprintable()
+
+
+def test_columns_that_trl_gives_a_meaning_of_its_own_are_left_out(tmp_path):
+    """Nor can they hinder: their values may be of any types."""
+    others = {"prompt": [1, "a"], "completion": [[2], "b"], "completion_ids": ["c", 3], "kept": ["x", "y"]}
+    contexts = load_contexts(write_table(tmp_path, ".json", {**others, "context": ["hi", "ho"]}))
+    assert contexts.column_names == ["prompt", "kept"]
+    assert [p[0]["content"] for p in contexts["prompt"]] == ["hi", "ho"]
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([{"context": "hi"}, {"context": "[1"}], r"contexts\.json, row 2, context: .*neither JSON"),
+        ([{"context": "hi"}, {"id": 3}], r"contexts\.json, row 2, context: .*non-empty list"),
+        ([{"context": "hi"}, {"context": None}], r"contexts\.json, row 2, context: .*non-empty list"),
+        ([{"context": [USER, ASSISTANT]}], r"contexts\.json, row 1, context: the last message"),
+        ([{"Context": "hi", "b": 1}], r"no column 'context'; found Context, b"),
+        ([], r"no column 'context'; found none"),
+    ],
+)
+def test_what_is_no_context_is_named(tmp_path, items, words):
+    with pytest.raises(InputError, match=words):
+        load_contexts(write_items(tmp_path, items))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_sheet_is_counted_with_its_header(tmp_path, suffix):
+    row = 3 if suffix in (".csv", ".xlsx") else 2
+    with pytest.raises(InputError, match=f"row {row}, context: .*neither JSON"):
+        load_contexts(write_table(tmp_path, suffix, {"context": ["hi", "[1"]}))
+
+
+def test_table_with_a_header_alone(tmp_path):
+    with pytest.raises(InputError, match="no contexts in it"):
+        load_contexts(write_table(tmp_path, ".csv", {"context": []}))
+
+
+# Judgements
 
 
 def test_directions(tmp_path):
-    rows = [[CONTEXT, "A", "B", 0], [CONTEXT, "C", "D", 1]]
-    loaded = load_preferences(workbook(tmp_path, rows)).dataset
-    assert loaded.column_names == ["prompt", "chosen", "rejected", "label", "conversation", "row"]
-    assert list(loaded["label"]) == [0, 1]
-    assert list(loaded["chosen"]) == ["A", "D"]
-    assert list(loaded["rejected"]) == ["B", "C"]
-    assert list(loaded["row"]) == [2, 3]
-    assert loaded["prompt"][0] == [{"role": "user", "content": "hi there"}]
-    assert set(loaded["conversation"]) == {conversation_id(loaded["prompt"][0])}
+    pairs = load_preferences(write_sheet(tmp_path, [[CONTEXT, "A", "B", 0], [CONTEXT, "C", "D", 1]]))
+    assert pairs.column_names == ["prompt", "chosen", "rejected", "label", "row"]
+    assert list(pairs["prompt"]) == [[USER]] * 2
+    assert list(pairs["chosen"]) == [[{"role": "assistant", "content": text}] for text in "AD"]
+    assert list(pairs["rejected"]) == [[{"role": "assistant", "content": text}] for text in "BC"]
+    assert list(pairs["label"]) == [0, 1]
+    assert list(pairs["row"]) == [2, 3]
+    assert all(map(is_conversational, pairs))  # TRL's own check of its conversational format
 
 
 def test_rows_without_direction_are_counted_and_set_aside(tmp_path):
     labels = [0, 2, 3, 1, 3, 0, 3]
-    contexts = [str(sample_context(i)) for i in range(7)]
-    rows = [[c, f"a{n}", f"b{n}", label] for n, (c, label) in enumerate(zip(contexts, labels, strict=True))]
-    preferences = load_preferences(workbook(tmp_path, rows))
-    assert dict(preferences.counts) == {0: 2, 1: 1, 2: 1, 3: 3}
-    assert list(preferences.dataset["row"]) == [2, 5, 7]
-    assert list(preferences.dataset["chosen"]) == ["a0", "b3", "a5"]
-    assert preferences.summary() == (
+    rows = [[str(sample_context(n)), f"a{n}", f"b{n}", label] for n, label in enumerate(labels)]
+    judgements = read_judgements(write_sheet(tmp_path, rows))
+    assert dict(judgements.counts) == {0: 2, 1: 1, 2: 1, 3: 3}
+    assert list(judgements.dataset["row"]) == [2, 5, 7]
+    assert [c[0]["content"] for c in judgements.dataset["chosen"]] == ["a0", "b3", "a5"]
+    assert judgements.summary() == (
         "2 policy better, 1 reference better, 1 both poor, 3 tie or both good; "
         "3 pairs over 3 conversations, 4 rows set aside"
     )
 
 
+@pytest.mark.parametrize("labels", [[], [2], [2, 3, 3]])
+def test_no_direction_at_all(tmp_path, labels):
+    """Nothing to learn from, and still a verdict to report."""
+    path = write_sheet(tmp_path, [[*ROW[:3], label] for label in labels])
+    with pytest.raises(InputError, match=rf"no row is labelled 0 or 1.*\({len(labels)} rows\)"):
+        load_preferences(path)
+    judgements = read_judgements(path, need_direction=False)
+    assert judgements.counts.total() == len(labels) and len(judgements.dataset) == 0
+    assert judgements.summary().endswith(f"0 pairs over 0 conversations, {len(labels)} rows set aside")
+
+
 @pytest.mark.parametrize("label", [0, 0.0, "0", "0.0", " 0 "])
 def test_forms_of_a_label(tmp_path, label):
-    assert load_preferences(workbook(tmp_path, [[*ROW[:3], label]])).counts == {0: 1}
+    assert read_judgements(write_sheet(tmp_path, [[*ROW[:3], label]])).counts == {0: 1}
 
 
 @pytest.mark.parametrize("label", [4, -1, 0.5, 1.5, "policy", "", None, False, True, "NA", "1, 2"])
 def test_labels_that_are_none(tmp_path, label):
-    path = workbook(tmp_path, [ROW, ROW, [*ROW[:3], label], ROW])
+    path = write_sheet(tmp_path, [ROW, ROW, [*ROW[:3], label], ROW])
     with pytest.raises(InputError, match=r"sheet\.xlsx, row 4: human_eval must be 0, 1, 2 or 3, got"):
         load_preferences(path)
 
 
-def write(folder, suffix, rows):
-    file = folder / f"sheet.{suffix}"
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    if suffix == "xlsx":
-        return workbook(folder, rows)
-    if suffix == "csv":
-        table.to_csv(file, index=False)
-    if suffix == "parquet":
-        table.to_parquet(file)
-    if suffix == "json":
-        file.write_text(json.dumps(table.to_dict("records"), ensure_ascii=False), encoding="utf-8")
-    if suffix == "jsonl":
-        lines = [json.dumps(r, ensure_ascii=False) for r in table.to_dict("records")]
-        file.write_text("\n".join(lines), encoding="utf-8")
-    return str(file)
-
-
-FORMATS = ["xlsx", "csv", "json", "jsonl", "parquet"]
-
-
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_all_formats_give_the_same_pairs(tmp_path, suffix):
-    odd = [
-        "NA",
-        "None",
-        "null",
-        "nan",
-        "N/A",
-        "#N/A",
-        "a\nb",
-        "a\u2028b",
-        '"q", x',
-        "你好 🙂",
-        "=1+1",
-        "1.50",
-        "007",
-        "TRUE",
-    ]
-    rows = [["plain " + text, text, f"not {text}", n % 2] for n, text in enumerate(odd)]
-    rows.append([CONTEXT, "x", "y", 3])
-    loaded = load_preferences(write(tmp_path, suffix, rows))
+    """Also where a whole column of text looks like numbers or truth values."""
+    rows = [[f"{n}", text, f"0{n}", n % 2] for n, text in enumerate(ODD_TEXTS)] + [[CONTEXT, "x", "y", 3]]
+    judgements = read_judgements(write_sheet(tmp_path, rows, suffix))
     expected = [(r[0], r[1], r[2]) if r[3] == 0 else (r[0], r[2], r[1]) for r in rows[:-1]]
-    found = [(r["prompt"][0]["content"], r["chosen"], r["rejected"]) for r in loaded.dataset]
+    found = [tuple(r[c][0]["content"] for c in ("prompt", "chosen", "rejected")) for r in judgements.dataset]
     assert found == expected
-    assert loaded.counts[3] == 1
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_columns_that_hold_text_like_numbers_stay_text(tmp_path, suffix):
-    """A whole column of such cells: no reader may turn them into numbers, dates or truth values."""
-    rows = [["1", "007", "TRUE", 0], ["2", "1.50", "FALSE", 0]]
-    loaded = load_preferences(write(tmp_path, suffix, rows)).dataset
-    assert [p[0]["content"] for p in loaded["prompt"]] == ["1", "2"]
-    assert list(loaded["chosen"]) == ["007", "1.50"]
-    assert list(loaded["rejected"]) == ["TRUE", "FALSE"]
+    assert judgements.counts[3] == 1
 
 
 def test_number_that_excel_made_of_a_reply(tmp_path):
-    loaded = load_preferences(workbook(tmp_path, [[CONTEXT, 42, "forty-two", 0]])).dataset
-    assert list(loaded["chosen"]) == ["42"]
+    pairs = load_preferences(write_sheet(tmp_path, [[CONTEXT, 42, "forty-two", 0]]))
+    assert pairs["chosen"][0][0]["content"] == "42"
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -141,36 +237,30 @@ def test_number_that_excel_made_of_a_reply(tmp_path):
 def test_malformed_row_is_named(tmp_path, suffix, column, cell, words):
     bad = [CONTEXT, "a", "b", 2]  # set aside or not, a row is checked
     bad[column] = cell
-    row = 4 if suffix in ("xlsx", "csv") else 3
-    with pytest.raises(InputError, match=rf"sheet\.{suffix}, row {row}: {words}"):
-        load_preferences(write(tmp_path, suffix, [ROW, ROW, bad, ROW]))
+    row = 4 if suffix in (".xlsx", ".csv") else 3
+    with pytest.raises(InputError, match=rf"sheet\{suffix}, row {row}: {words}"):
+        load_preferences(write_sheet(tmp_path, [ROW, ROW, bad, ROW], suffix))
 
 
-def test_empty_row_in_the_middle_is_named(tmp_path):
+def test_odd_rows_are_named(tmp_path):
     with pytest.raises(InputError, match="row 3: human_eval"):
-        load_preferences(workbook(tmp_path, [ROW, [None] * 4, ROW]))
-
-
-def test_response_that_is_no_text(tmp_path):
+        load_preferences(write_sheet(tmp_path, [ROW, [None] * 4, ROW]))
     with pytest.raises(InputError, match="row 2: policy_response: expected the text of a response, got True"):
-        load_preferences(workbook(tmp_path, [[CONTEXT, True, "b", 0]]))
+        load_preferences(write_sheet(tmp_path, [[CONTEXT, True, "b", 0]]))
+    path = write_items(tmp_path, [])
+    (tmp_path / "contexts.json").write_text(json.dumps([dict(zip(COLUMNS, [CONTEXT, "a", "\ud83d", 2], strict=True))]))
+    with pytest.raises(InputError, match="row 1: reference_response: half a character"):
+        load_preferences(path)
 
 
 def test_missing_columns_name_those_found(tmp_path):
-    path = workbook(tmp_path, [["a", "b", 0]], ["context_messages", "Policy_response", "human_eval"])
+    path = write_sheet(tmp_path, [["a", "b", 0]], columns=["context_messages", "Policy_response", "human_eval"])
     words = r"missing column policy_response, reference_response; found context_messages, Policy_response, human_eval"
     with pytest.raises(InputError, match=words):
         load_preferences(path)
 
 
 def test_order_and_further_columns_do_not_matter(tmp_path):
-    columns = ["rater", *reversed(COLUMNS)]
-    loaded = load_preferences(workbook(tmp_path, [["Ann", 1, "B", "A", CONTEXT]], columns)).dataset
-    assert (loaded["chosen"][0], loaded["rejected"][0]) == ("B", "A")
-
-
-@pytest.mark.parametrize("labels", [[], [2], [2, 3, 3]])
-def test_no_direction_at_all(tmp_path, labels):
-    path = workbook(tmp_path, [[*ROW[:3], label] for label in labels])
-    with pytest.raises(InputError, match=rf"no row is labelled 0 or 1.*\({len(labels)} rows\)"):
-        load_preferences(path)
+    pairs = load_preferences(write_sheet(tmp_path, [["Ann", 1, "B", "A", CONTEXT]], columns=["rater", *COLUMNS[::-1]]))
+    assert (pairs["chosen"][0][0]["content"], pairs["rejected"][0][0]["content"]) == ("B", "A")
+    assert "rater" not in pairs.column_names

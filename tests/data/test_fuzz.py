@@ -14,7 +14,7 @@ from openpyxl import Workbook
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 from tiny import COLUMNS
 
-from h2s.data.datasets import load_contexts, load_preferences
+from h2s.data.datasets import load_contexts, load_preferences, read_judgements
 from h2s.data.messages import parse_messages
 from h2s.errors import InputError
 from h2s.ppo.config import SingleStepPPOConfig
@@ -122,7 +122,23 @@ def test_contexts_in_json(folder, items, lines):
     texts = [json.dumps(i, default=plain) for i in (items if lines and isinstance(items, list) else [items])]
     file.write_text("\n".join(texts), encoding="utf-8")
     rows = returns_or_refuses(load_contexts, str(file))
-    assert rows is None or all(map(are_messages, rows["prompt"]))
+    assert rows is None or (all(map(are_messages, rows["prompt"])) and set(rows.column_names) <= {"prompt", "id"})
+
+
+@quick(100)
+@given(
+    st.lists(
+        VALUES | st.sampled_from([1, "a", None, True, 2**63, {"a": 1}, {"a": "b"}, [1], []]), min_size=1, max_size=4
+    )
+)
+def test_a_further_column(folder, values):
+    """It is kept with a value a row, or refused by its name."""
+    file = folder / "contexts.json"
+    file.write_text(json.dumps([{"context": "hi", "further": v} for v in values]), encoding="utf-8")
+    try:
+        assert len(load_contexts(str(file))["further"]) == len(values)
+    except InputError as error:
+        assert f"{file}, column further: " in str(error) and len(str(error)) < 1000
 
 
 @quick(80)
@@ -186,11 +202,13 @@ def test_a_sheet(folder, rows):
         book.save(folder / "any.xlsx")
     except (ValueError, TypeError):
         return
-    preferences = returns_or_refuses(load_preferences, str(folder / "any.xlsx"))
-    if preferences is not None:
-        assert sum(preferences.counts.values()) == len(rows)
-        for row in preferences.dataset:
-            assert are_messages(row["prompt"]) and row["chosen"].strip() and row["rejected"].strip()
+    judgements = returns_or_refuses(read_judgements, str(folder / "any.xlsx"))
+    if judgements is not None:
+        assert judgements.counts.total() == len(rows)
+        for row in judgements.dataset:
+            assert are_messages(row["prompt"])
+            for (reply,) in (row["chosen"], row["rejected"]):
+                assert reply["role"] == "assistant" and reply["content"].strip()
 
 
 @quick(40)

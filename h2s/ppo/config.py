@@ -20,7 +20,7 @@ class SingleStepPPOConfig(TrainingArguments):
     `weight_decay` 0 (decay pulls the prefix to zero keys, not to the hard prompt), `report_to` tensorboard,
     `eval_steps` 10, `save_steps` 10, `save_total_limit` 2, `logging_steps` 1,
     `logging_nan_inf_filter` False, `metric_for_best_model` judge_difference (without a judge reward_difference),
-    `dataloader_drop_last` True,
+    `greater_is_better` True, `dataloader_drop_last` True,
     `remove_unused_columns` False, `resume_from_checkpoint` a bool, `ddp_find_unused_parameters` False, `use_cpu` where
     there is no CUDA. Refused: gradient checkpointing (it loses the prefix), fp16 (Gemma overflows), gradient
     accumulation (see `num_mini_batches`).

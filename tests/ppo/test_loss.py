@@ -30,10 +30,7 @@ def assert_numbers(x, expected):
 
 def test_masked_mean():
     assert_numbers(masked_mean(LOGPS, MASK), [-1.5, -0.5])
-
-
-def test_masked_mean_of_no_token_is_zero():
-    assert_numbers(masked_mean(LOGPS, torch.zeros_like(MASK)), [0, 0])
+    assert_numbers(masked_mean(LOGPS, torch.zeros_like(MASK)), [0, 0])  # of no token
 
 
 def test_kl_is_the_sum_of_log_ratios():
@@ -70,20 +67,14 @@ def test_whiten():
     x = torch.tensor([1.0, 2.0, 3.0, 6.0])  # mean 3, squared deviations 4 + 1 + 0 + 9 = 14, variance 14/3
     std = math.sqrt(14 / 3)
     assert_numbers(whiten(x, x), [-2 / std, -1 / std, 0, 3 / std])
+    for alone_or_equal, expected in (([2.5], [2.5]), ([1.5] * 4, [0] * 4)):
+        assert_numbers(whiten(torch.tensor(alone_or_equal), torch.tensor(alone_or_equal)), expected)
 
 
 def test_whiten_takes_the_moments_of_everyone():
     mine, everyone = torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0, 5.0, 7.0])  # mean 4, variance 20/3
     std = math.sqrt(20 / 3)
     assert_numbers(whiten(mine, everyone), [-3 / std, -1 / std])
-
-
-def test_whiten_one_value_leaves_it():
-    assert_numbers(whiten(torch.tensor([2.5]), torch.tensor([2.5])), [2.5])
-
-
-def test_whiten_equal_values_gives_zeros():
-    assert_numbers(whiten(torch.full((4,), 1.5), torch.full((4,), 1.5)), [0, 0, 0, 0])
 
 
 @pytest.mark.parametrize("value", [0.3, -2.7, 1e-3, 1234.1])
@@ -109,6 +100,17 @@ def test_value_loss():
     assert value_loss(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([2.0, 2.0, 2.0])).item() == pytest.approx(5 / 6)
 
 
+def test_value_loss_is_that_of_the_responses_with_a_return():
+    values = torch.tensor([1.0, 9.0, 0.0], requires_grad=True)
+    loss = value_loss(values, torch.tensor([2.0, math.nan, 2.0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * (1 + 4) / 2)
+    assert values.grad.tolist() == [-0.5, 0, -1]  # (V - R) / 2
+    values.grad = None
+    value_loss(values, torch.full((3,), math.nan)).backward()
+    assert values.grad.tolist() == [0, 0, 0]
+
+
 def test_explained_variance():
     returns = torch.tensor([1.0, 2.0, 3.0])
     assert explained_variance(returns, returns) == 1
@@ -119,6 +121,10 @@ def test_explained_variance():
     assert explained_variance(torch.tensor([1.0, 2.0, 2.0]), returns) == pytest.approx(1 - (1 / 3))
     assert math.isnan(explained_variance(returns, torch.full((3,), 2.0)))
     assert math.isnan(explained_variance(torch.tensor([1.0]), torch.tensor([2.0])))
+    # A response without a return does not count.
+    gap = explained_variance(torch.tensor([1.0, 7.0, 2.0, 2.0]), torch.tensor([1.0, math.nan, 2.0, 3.0]))
+    assert gap == pytest.approx(1 - (1 / 3))
+    assert math.isnan(explained_variance(returns, torch.tensor([math.nan, math.nan, 2.0])))
 
 
 # The clipped objective

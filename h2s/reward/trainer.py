@@ -117,7 +117,7 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         if train_dataset is None:
             raise InputError("train_dataset is missing: give it judgements, load_preferences reads them")
         if args.eval_strategy != "no" and eval_dataset is None:
-            raise InputError(f"eval_strategy is {args.eval_strategy}, but there is no eval_dataset: give it one")
+            raise InputError(f"eval_strategy is {args.eval_strategy.value}, but there is no eval_dataset: give it one")
         virtual = peft_config.num_virtual_tokens
         set_seed(args.seed)
         if isinstance(model, str):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import HARD_PROMPT, WINDOW, sample_context, save_gemma
+from tiny import HARD_PROMPT, WINDOW, build_tokenizer, sample_context, save_gemma
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from h2s.errors import InputError
-from h2s.hub import adapter_folder
-from h2s.models import load_base_model, load_config, load_tokenizer, model_source, room_for_text
+from h2s.models import load_base_model, load_tokenizer, model_source
 from h2s.prefix.adapter import (
     SOFT,
     add_hard_prompt,
@@ -20,6 +20,7 @@ from h2s.prefix.adapter import (
     prefix_from_hard_prompt,
     read_adapter_config,
     save_adapter,
+    save_tokenizer,
     soft_prefix,
 )
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
@@ -124,7 +125,7 @@ def test_soft_equals_hard(base, tokenizer, stock, hard_prompt, opening):
         output = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
         assert output[0, len(prompt) :].tolist() == reply
     greedy = Sampling(NEW_TOKENS, temperature=0)
-    assert generate(model, prompts, greedy, [1, 5], tokenizer.pad_token_id) == expected
+    assert generate(model, tokenizer, prompts, greedy, [1, 5]) == expected
 
 
 def test_another_prompt_gives_other_logits(base, tokenizer, stock):
@@ -150,6 +151,8 @@ for folder, messages in json.load(sys.stdin):
     model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert tokenizer(text).input_ids == ids[0].tolist()
     with torch.no_grad():
         logits = model(ids).logits[0]
     chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
@@ -165,6 +168,7 @@ SAVED = {
     "long": (PROMPTS["a hundred tokens"], None, 0),
     "awkward": ("Say %} {{ x }} 🙂 𝔘 \"q\" 'r' \\n.", None, 0),
     "surplus token": (HARD_PROMPT, None, 1),
+    "tokenizer that adds bos": (HARD_PROMPT, None, 0),
 }
 
 
@@ -172,10 +176,14 @@ SAVED = {
 def loaded(tmp_path_factory, gemma_folder):
     """Each of SAVED, saved by h2s and loaded by a process that knows only peft and transformers."""
     folder = tmp_path_factory.mktemp("saved")
-    surplus = save_gemma(folder / "surplus-gemma", extra=1)
+    surplus, adding = save_gemma(folder / "surplus-gemma", extra=1), save_gemma(folder / "adding-gemma")
+    adds_bos = build_tokenizer()
+    adds_bos.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    adds_bos.save_pretrained(adding)
+    assert load_tokenizer(str(adding))("tea").input_ids[0] == 2
     cases = {}
     for name, (hard_prompt, opening, extra) in SAVED.items():
-        source = surplus if extra else gemma_folder
+        source = surplus if extra else adding if "bos" in name else gemma_folder
         tokenizer = load_tokenizer(str(source))
         model, prefix = make(load_base_model(str(source)), tokenizer, hard_prompt, opening)
         save_adapter(model, tokenizer, prefix, folder / name)
@@ -242,8 +250,8 @@ def test_saved_folder_holds_what_the_prefix_was(loaded):
     assert prefix.text.endswith("start<end_of_turn>\n<start_of_turn>model\n")
 
 
-def test_only_the_soft_prefix_is_saved_and_trained(policy_parts, tmp_path):
-    model, tokenizer, prefix = policy_parts
+def test_only_the_soft_prefix_is_saved_and_trained(policy, tmp_path):
+    model, tokenizer, prefix = policy.model, policy.tokenizer, policy.prefix
     hard = model.prompt_encoder["hard_prompt"].embedding.weight
     before = hard.detach().clone()
     assert torch.equal(soft_prefix(model), before)
@@ -267,8 +275,8 @@ def test_only_the_soft_prefix_is_saved_and_trained(policy_parts, tmp_path):
     assert not [f for f in tmp_path.rglob("*") if f.suffix in (".bin", ".pt", ".pth")]
 
 
-def test_the_hard_prompt_answers_while_it_is_active(policy_parts, stock):
-    model, tokenizer, prefix = policy_parts
+def test_the_hard_prompt_answers_while_it_is_active(policy, stock):
+    model, tokenizer, prefix = policy.model, policy.tokenizer, policy.prefix
     torch.nn.init.zeros_(soft_prefix(model))
     (prompt,) = encode_prompts(tokenizer, prefix, CONTEXTS[:1])
     ids = torch.tensor([prompt])
@@ -326,10 +334,6 @@ def test_load_weights_of_another_length(loaded, base):
         load_weights(model, loaded["stock"][1])
 
 
-def test_room_is_what_the_prefix_leaves(gemma_folder):
-    assert room_for_text(load_config(str(gemma_folder)), 31) == 1024 - 31
-
-
 # What is no adapter
 
 
@@ -379,33 +383,24 @@ def test_policy_adapter_is_no_reward_adapter(loaded):
         read_adapter_config(loaded["stock"][1], TaskType.SEQ_CLS)
 
 
-@pytest.mark.parametrize("name", ["no-such-folder", "./outputs/none", "a/b/c", "/nowhere/b"])
-def test_adapter_folder_that_is_none(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=f"no such adapter folder: {name}"):
-        adapter_folder(name)
+# The tokenizer beside it
 
 
-@pytest.mark.parametrize("make_path", ["folder", "file", "missing"])
-def test_model_source_that_is_none(make_path, tmp_path):
-    path = tmp_path / "model"
-    if make_path == "folder":
-        path.mkdir()
-    if make_path == "file":
-        path.write_text("{}", encoding="utf-8")
-    with pytest.raises(InputError, match=r"is not a model folder: expected a .*config\.json"):
-        model_source(str(path))
+@pytest.mark.parametrize("extra", [0, 1, 3])
+def test_saved_tokenizer_has_no_more_entries_than_the_embeddings(extra, tmp_path):
+    tokenizer = build_tokenizer(extra)
+    rows = len(tokenizer) - extra
+    save_tokenizer(tokenizer, tmp_path, rows)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(saved) == rows
+    assert max(saved.get_vocab().values()) == rows - 1
+    text = "<bos>how was it, 你好 🙂<end_of_turn>"
+    assert saved(text).input_ids == tokenizer(text).input_ids
+    assert saved.pad_token_id == tokenizer.pad_token_id and saved.eos_token_id == tokenizer.eos_token_id
+    assert saved.chat_template == tokenizer.chat_template
 
 
-@pytest.mark.parametrize("model", ["gemma_folder", "bert_folder"])
-def test_model_folder_without_tokenizer(model, tmp_path, request):
-    """transformers would make up a tokenizer to which every word is unknown."""
-    (tmp_path / "config.json").write_bytes((request.getfixturevalue(model) / "config.json").read_bytes())
-    with pytest.raises(InputError, match="no tokenizer can be loaded"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_model_folder_without_weights(tmp_path, gemma_folder):
-    (tmp_path / "config.json").write_bytes((gemma_folder / "config.json").read_bytes())
-    with pytest.raises(InputError, match="no causal language model can be loaded"):
-        load_base_model(str(tmp_path))
+def test_tokenizer_whose_own_vocabulary_is_too_large_is_refused(tmp_path):
+    tokenizer = build_tokenizer(extra=1)
+    with pytest.raises(InputError, match=f"{len(tokenizer) - 1} entries for {len(tokenizer) - 3} embedding rows"):
+        save_tokenizer(tokenizer, tmp_path, len(tokenizer) - 3)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from h2s.prefix import generation
 from h2s.prefix.adapter import hard_prompt_active, prefix_from_hard_prompt, soft_prefix
 from h2s.prefix.chat_template import encode_prompts
-from h2s.prefix.generation import Batch, Sampling, completion_logps, decode, generate, stop_token_ids
+from h2s.prefix.generation import Batch, Sampling, completion_logps, decode, generate, seeded, stop_token_ids
 
 PAD = 0
 LONG = [{"role": "user", "content": "I went for a long walk. " * 12}]
@@ -22,19 +22,24 @@ def reference(gemma_folder):
 
 
 @pytest.fixture
-def ragged(policy_parts):
+def model(policy):
+    return policy.model
+
+
+@pytest.fixture
+def ragged(policy):
     """Prompts and completions of unlike lengths: token ids, some far beyond the window; and their contexts."""
-    _, tokenizer, prefix = policy_parts
     contexts = [*(sample_context(i) for i in range(5)), LONG]
-    prompts = encode_prompts(tokenizer, prefix, contexts)
+    prompts = encode_prompts(policy.tokenizer, policy.prefix, contexts)
     draw = torch.Generator().manual_seed(1)
     completions = [torch.randint(6, 320, (n,), generator=draw).tolist() for n in (7, 1, 12, 40, 3, 9)]
     completions[0][-1] = 5  # a stop token is part of the action
     return prompts, completions, contexts
 
 
-def make_batch(prompts, completions):
-    return Batch.from_rows(prompts, completions, PAD, torch.device("cpu"))
+@pytest.fixture
+def batch(policy, ragged) -> Batch:
+    return Batch.from_rows(policy.tokenizer, *ragged[:2], torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -55,21 +60,19 @@ def on_completions(x, batch):
     return [row[mask] for row, mask in zip(x, batch.completion_mask, strict=True)]
 
 
-def test_the_ragged_batch_is_one(policy_parts, ragged):
+def test_the_ragged_batch_is_one(policy, ragged):
     prompts, completions, _ = ragged
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     assert len(set(lengths)) == len(lengths)
-    assert len(policy_parts[2].token_ids) + max(lengths) > 4 * WINDOW
+    assert len(policy.prefix.token_ids) + max(lengths) > 4 * WINDOW
 
 
 # Log-probabilities
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_logps_equal_those_of_the_hard_prompt_as_text(policy_parts, ragged, reference, temperature):
-    model, _, _ = policy_parts
-    prompts, completions, contexts = ragged
-    batch = make_batch(prompts, completions)
+def test_logps_equal_those_of_the_hard_prompt_as_text(model, ragged, batch, reference, temperature):
+    _, completions, contexts = ragged
     with torch.no_grad():
         logps, entropy, hidden = completion_logps(model, batch, temperature)
     assert logps.dtype == entropy.dtype == hidden.dtype == torch.float32
@@ -91,14 +94,13 @@ def test_logps_one_position_late_or_another_temperature_would_be_seen(ragged, re
     assert (right - reference_row(reference, contexts[3], completions[3], 1.7)[0]).abs().median() > 0.1
 
 
-def test_logps_equal_torchs_linear_cross_entropy(policy_parts, ragged):
+def test_logps_equal_torchs_linear_cross_entropy(model, ragged, batch):
     """Another implementation of the last step: hidden states of PEFT's own forward, torch's fused loss."""
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("this torch has none")
-    model, _, _ = policy_parts
     prompts, completions, _ = ragged
     with torch.no_grad():
-        logps = completion_logps(model, make_batch(prompts, completions))[0]
+        logps = completion_logps(model, batch)[0]
         for row, (p, c) in enumerate(zip(prompts, completions, strict=True)):
             hidden = model(torch.tensor([p + c]), output_hidden_states=True).hidden_states[-1][0]
             loss = torch.nn.functional.linear_cross_entropy(
@@ -111,10 +113,7 @@ def test_logps_equal_torchs_linear_cross_entropy(policy_parts, ragged):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_gradient_to_the_prefix_equals_that_of_the_peft_model(policy_parts, ragged, temperature):
-    model, _, _ = policy_parts
-    prompts, completions, _ = ragged
-    batch = make_batch(prompts, completions)
+def test_gradient_to_the_prefix_equals_that_of_the_peft_model(model, batch, temperature):
     weights = torch.randn(batch.input_ids.shape, generator=torch.Generator().manual_seed(0)) * batch.completion_mask
     logps, entropy, _ = completion_logps(model, batch, temperature)
     (ours,) = torch.autograd.grad((weights * (logps + 0.3 * entropy)).sum(), [soft_prefix(model)])
@@ -128,15 +127,12 @@ def test_gradient_to_the_prefix_equals_that_of_the_peft_model(policy_parts, ragg
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-def test_value_state_carries_no_gradient(policy_parts, ragged):
-    model, _, _ = policy_parts
-    assert not completion_logps(model, make_batch(*ragged[:2]))[2].requires_grad
+def test_value_state_carries_no_gradient(model, batch):
+    assert not completion_logps(model, batch)[2].requires_grad
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 320, 4096])
-def test_logps_do_not_depend_on_the_vocabulary_chunk(policy_parts, ragged, monkeypatch, chunk):
-    model, _, _ = policy_parts
-    batch = make_batch(*ragged[:2])
+def test_logps_do_not_depend_on_the_vocabulary_chunk(model, batch, monkeypatch, chunk):
     with torch.no_grad():
         logps, entropy, _ = completion_logps(model, batch)
         monkeypatch.setattr(generation, "VOCABULARY_CHUNK", chunk)
@@ -145,13 +141,12 @@ def test_logps_do_not_depend_on_the_vocabulary_chunk(policy_parts, ragged, monke
     torch.testing.assert_close(entropy_again, entropy, rtol=0, atol=1e-4)
 
 
-def test_logit_softcapping_is_honoured(policy_parts, ragged):
-    model, _, _ = policy_parts
+def test_logit_softcapping_is_honoured(model, ragged, batch):
     prompts, completions, _ = ragged
     with torch.no_grad():
-        uncapped = completion_logps(model, make_batch(prompts, completions))[0]
+        uncapped = completion_logps(model, batch)[0]
         model.get_base_model().config.final_logit_softcapping = 1.5
-        logps = completion_logps(model, make_batch(prompts, completions))[0]
+        logps = completion_logps(model, batch)[0]
         logits = model(torch.tensor([prompts[2] + completions[2]])).logits[0].float()
     assert logits.abs().max() <= 1.5
     expected = logits.log_softmax(-1)[len(prompts[2]) - 1 : -1].gather(-1, torch.tensor(completions[2])[:, None])[:, 0]
@@ -160,10 +155,8 @@ def test_logit_softcapping_is_honoured(policy_parts, ragged):
     assert (uncapped - logps).abs().max() > 0.1
 
 
-def test_logps_under_the_hard_prompt_do_not_follow_the_soft_one(policy_parts, ragged, reference):
-    model, _, _ = policy_parts
-    prompts, completions, contexts = ragged
-    batch = make_batch(prompts, completions)
+def test_logps_under_the_hard_prompt_do_not_follow_the_soft_one(model, ragged, batch, reference):
+    _, completions, contexts = ragged
     with torch.no_grad():
         soft_prefix(model).add_(torch.randn(soft_prefix(model).shape, generator=torch.Generator().manual_seed(0)))
         soft = completion_logps(model, batch)[0]
@@ -177,21 +170,21 @@ def test_logps_under_the_hard_prompt_do_not_follow_the_soft_one(policy_parts, ra
 # Rows
 
 
-def test_from_rows_by_hand():
-    batch = Batch.from_rows([[7, 8, 9], [7]], [[4], [3, 5, 6]], PAD, torch.device("cpu"))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_from_rows_by_hand(tokenizer, side):
+    tokenizer.padding_side = side  # whatever the tokenizer itself would do
+    batch = Batch.from_rows(tokenizer, [[7, 8, 9], [7]], [[4], [3, 5, 6]], torch.device("cpu"))
     assert batch.input_ids.tolist() == [[7, 8, 9, 4], [7, 3, 5, 6]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
     assert batch.completion_mask.tolist() == [[False, False, False, True], [False, True, True, True]]
-    padded = Batch.from_rows([[7, 8], [7]], [[PAD, 4, 5], [3]], PAD, torch.device("cpu"))
+    padded = Batch.from_rows(tokenizer, [[7, 8], [7]], [[PAD, 4, 5], [3]], torch.device("cpu"))
     # A pad token that was sampled is a token.
     assert padded.input_ids.tolist() == [[7, 8, PAD, 4, 5], [7, 3, PAD, PAD, PAD]]
     assert padded.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert padded.completion_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
 
 
-def test_rows_trims_without_changing_results(policy_parts, ragged):
-    model, _, _ = policy_parts
-    batch = make_batch(*ragged[:2])
+def test_rows_trims_without_changing_results(model, batch):
     index = torch.tensor([4, 1, 0])
     part = batch.rows(index)
     assert part.input_ids.shape == (3, int(batch.attention_mask[index].sum(1).max()))
@@ -212,9 +205,8 @@ def test_rows_trims_without_changing_results(policy_parts, ragged):
 @pytest.mark.parametrize(
     ("listed", "expected"), [([1, 5], [1, 5]), (7, [1, 5, 7]), (None, [1, 5]), ([9, 1], [1, 5, 9])]
 )
-def test_stop_tokens(policy_parts, listed, expected):
+def test_stop_tokens(model, tokenizer, listed, expected):
     """The generation config's, <eos> (1) and <end_of_turn> (5)."""
-    model, tokenizer, _ = policy_parts
     model.generation_config.eos_token_id = listed
     assert stop_token_ids(model, tokenizer) == expected
 
@@ -238,9 +230,9 @@ def test_every_setting_of_sampling_is_explicit():
     assert Sampling(9, temperature=0).generation_config([1], PAD).do_sample is False
 
 
-def first_tokens(model, prompt, sampling, draws):
+def first_tokens(model, tokenizer, prompt, sampling, draws):
     torch.manual_seed(0)
-    completions = generate(model, [prompt] * draws, sampling, [1, 5], PAD)
+    completions = generate(model, tokenizer, [prompt] * draws, sampling, [1, 5])
     assert all(len(c) == 1 for c in completions)
     return torch.tensor([c[0] for c in completions]).bincount(minlength=320)
 
@@ -257,9 +249,8 @@ def chi_square(counts, probabilities):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_sampling_draws_from_the_whole_distribution(policy_parts, prompts, reference, temperature):
+def test_sampling_draws_from_the_whole_distribution(model, tokenizer, prompts, reference, temperature):
     """The model's own generation config would keep 3 tokens."""
-    model, _, _ = policy_parts
     assert (model.generation_config.top_k, model.generation_config.top_p) == (3, 0.9)
     with torch.no_grad():
         text = reference[1].apply_chat_template(
@@ -268,26 +259,25 @@ def test_sampling_draws_from_the_whole_distribution(policy_parts, prompts, refer
         ids = reference[1](text, add_special_tokens=False, return_tensors="pt").input_ids
         logits = reference[0](ids).logits[0, -1].double()
     probabilities = (logits / temperature).softmax(-1)
-    counts = first_tokens(model, prompts[1], Sampling(1, temperature), draws=4000)
+    counts = first_tokens(model, tokenizer, prompts[1], Sampling(1, temperature), draws=4000)
     assert (counts > 0).sum() > 20
     assert chi_square(counts, probabilities) < 4
     assert 0.5 * (counts / 4000 - probabilities).abs().sum() < 0.15
     # The same statistic sees the wrong temperature and the model's own top_k.
     assert chi_square(counts, (logits / (3 - temperature)).softmax(-1)) > 20
-    assert chi_square(first_tokens(model, prompts[1], Sampling(1, temperature, top_k=3), 4000), probabilities) > 20
+    cut = first_tokens(model, tokenizer, prompts[1], Sampling(1, temperature, top_k=3), draws=4000)
+    assert chi_square(cut, probabilities) > 20
 
 
-def test_top_k_and_top_p_are_used_when_asked_for(policy_parts, prompts):
-    model, _, _ = policy_parts
-    assert (first_tokens(model, prompts[1], Sampling(1, top_k=2), 300) > 0).sum() == 2
-    assert (first_tokens(model, prompts[1], Sampling(1, top_p=1e-6), 50) > 0).sum() == 1
+def test_top_k_and_top_p_are_used_when_asked_for(model, tokenizer, prompts):
+    assert (first_tokens(model, tokenizer, prompts[1], Sampling(1, top_k=2), 300) > 0).sum() == 2
+    assert (first_tokens(model, tokenizer, prompts[1], Sampling(1, top_p=1e-6), 50) > 0).sum() == 1
 
 
-def test_completions_end_at_the_first_stop_token(policy_parts, prompts):
-    model, _, _ = policy_parts
+def test_completions_end_at_the_first_stop_token(model, tokenizer, prompts):
     stops = list(range(0, 320, 8))
     torch.manual_seed(0)
-    completions = generate(model, [p for p in prompts for _ in range(10)], Sampling(12), stops, PAD)
+    completions = generate(model, tokenizer, [p for p in prompts for _ in range(10)], Sampling(12), stops)
     ended = [c for c in completions if c[-1] in stops]
     assert len(ended) > 10 and len({len(c) for c in ended}) > 5
     assert all(1 <= len(c) <= 12 and not set(c[:-1]) & set(stops) for c in completions)
@@ -305,13 +295,14 @@ def greedy_by_hand(model, ids, new_tokens, stops):
 
 
 @pytest.mark.parametrize("beyond_window", [False, True])
-def test_batched_generation_equals_unpadded_greedy(base, reference, beyond_window, monkeypatch):
+def test_batched_generation_equals_unpadded_greedy(base, tokenizer, reference, beyond_window, monkeypatch):
     draw = torch.Generator().manual_seed(2)
     prefix_length, new_tokens = (20, 12) if beyond_window else (9, 6)
     prefix, *prompts = (
         torch.randint(6, 320, (n,), generator=draw).tolist() for n in (prefix_length, 3, 14, 5, 17, 9, 14, 12)
     )
     model = prefix_from_hard_prompt(base, prefix)
+    tokenizer.padding_side = "right"  # `generate` needs the left, whatever the tokenizer itself would do
     lengths = {len(p) for p in prompts}
     # Exactly the window is still within it.
     longest = prefix_length + max(lengths) + new_tokens
@@ -319,7 +310,7 @@ def test_batched_generation_equals_unpadded_greedy(base, reference, beyond_windo
     shapes = []
     plain = model.generate
     monkeypatch.setattr(model, "generate", lambda **k: shapes.append(k["input_ids"].shape) or plain(**k))
-    completions = generate(model, prompts, Sampling(new_tokens, temperature=0), [1, 5], PAD)
+    completions = generate(model, tokenizer, prompts, Sampling(new_tokens, temperature=0), [1, 5])
     # One padded batch within the window; beyond it groups of equal length, each unpadded.
     assert sorted(shapes) == ([(1, 3), (1, 5), (1, 9), (1, 12), (1, 17), (2, 14)] if beyond_window else [(7, 17)])
     expected = [greedy_by_hand(reference[0], prefix + p, new_tokens, [1, 5]) for p in prompts]
@@ -327,8 +318,21 @@ def test_batched_generation_equals_unpadded_greedy(base, reference, beyond_windo
     assert completions == expected
 
 
-def test_generate_leaves_the_prefix_as_it_was(policy_parts, prompts):
-    model, _, _ = policy_parts
+def test_generate_leaves_the_prefix_as_it_was(model, tokenizer, prompts):
     before = soft_prefix(model).detach().clone()
-    generate(model, prompts, Sampling(3), [1, 5], PAD)
+    generate(model, tokenizer, prompts, Sampling(3), [1, 5])
     assert torch.equal(soft_prefix(model), before) and soft_prefix(model).requires_grad
+
+
+def test_a_seed_holds_inside_and_leaves_the_state_outside():
+    device = torch.device("cpu")
+    before = torch.get_rng_state()
+    draws = {}
+    for seed in (7, 8):
+        with seeded(device, seed):
+            draws[seed] = torch.rand(3)
+    with pytest.raises(KeyError), seeded(device, 7):
+        assert torch.equal(torch.rand(3), draws[7])
+        raise KeyError
+    assert not torch.equal(draws[7], draws[8])
+    assert torch.equal(torch.get_rng_state(), before)

@@ -101,9 +101,12 @@ def policy_loss(
 
 
 def value_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
-    """0.5 (V - R)^2, a mean over the responses that have a return (not NaN): (B,), (B,) -> scalar."""
-    known = ~returns.isnan()
-    return 0.5 * torch.where(known, values - returns, 0.0).square().sum() / known.sum().clamp(min=1)
+    """0.5 (V - R)^2, a mean over the responses: (B,), (B,) -> scalar.
+
+    One without a return (NaN) counts 0, as in `policy_loss`: a mean over the others would weigh each by how many share
+    its process and mini-batch.
+    """
+    return 0.5 * torch.where(returns.isnan(), 0.0, values - returns).square().mean()
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:

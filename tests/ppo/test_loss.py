@@ -100,12 +100,12 @@ def test_value_loss():
     assert value_loss(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([2.0, 2.0, 2.0])).item() == pytest.approx(5 / 6)
 
 
-def test_value_loss_is_that_of_the_responses_with_a_return():
+def test_a_response_without_a_return_has_no_value_loss():
     values = torch.tensor([1.0, 9.0, 0.0], requires_grad=True)
     loss = value_loss(values, torch.tensor([2.0, math.nan, 2.0]))
     loss.backward()
-    assert loss.item() == pytest.approx(0.5 * (1 + 4) / 2)
-    assert values.grad.tolist() == [-0.5, 0, -1]  # (V - R) / 2
+    assert loss.item() == pytest.approx(0.5 * (1 + 4) / 3)
+    assert values.grad.tolist() == pytest.approx([-1 / 3, 0, -2 / 3])  # (V - R) / 3
     values.grad = None
     value_loss(values, torch.full((3,), math.nan)).backward()
     assert values.grad.tolist() == [0, 0, 0]

@@ -1,7 +1,9 @@
 """A policy for use: a chat model with a soft prefix, made from a hard prompt or from an adapter."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from h2s.data.messages import Messages, as_messages, parse_messages
 from h2s.errors import InputError
 from h2s.hub import SavedAdapter, write_card
-from h2s.models import load_base_model, load_tokenizer
+from h2s.models import load_base_model, load_tokenizer, model_source
 from h2s.prefix.adapter import (
     HARD,
     SOFT,
@@ -111,7 +113,10 @@ class PrefixTuningPolicyModel(SavedAdapter):
                 model, hard_prompt, opening_user_message, revision, chat_template_kwargs, **download
             )
             return cls.load(opened, dtype, attn_implementation, device)
-        tokenizer = tokenizer or load_tokenizer(model.name_or_path, revision, **download)
+        if os.path.isdir(model.name_or_path):
+            model.name_or_path = model_source(model.name_or_path)  # the adapter must find it from elsewhere too
+        # A copy: its template is wrapped, and the caller's stays as it is.
+        tokenizer = deepcopy(tokenizer) if tokenizer else load_tokenizer(model.name_or_path, revision, **download)
         prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
         wrap_chat_template(tokenizer, prefix)
         model = model.requires_grad_(False).eval().to(device or PartialState().device)

@@ -4,7 +4,8 @@ python recipes/generate.py --policy_adapter outputs/policy --conversation "I wen
 python recipes/generate.py --policy_adapter outputs/policy
 """
 
-from accelerate import PartialState
+import os
+
 from transformers import set_seed
 
 from h2s import InputError, PrefixTuningPolicyModel
@@ -41,7 +42,7 @@ def chat(policy, sampling: dict) -> None:
 @run_recipe
 def main(run, argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(AdapterArguments, ConversationArguments, GenerateArguments, argv)
-    processes = PartialState().num_processes
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise InputError(f"generate.py is one conversation on one process, got {processes}: start it with python")
     conversation = None if data_args.conversation is None else parse_messages(data_args.conversation)

@@ -79,6 +79,8 @@ class Run:
             InputError: the folder cannot be made, or it exists and holds something and the run does not resume it, or
                 it began with another split (what it learnt from would be reported on).
         """
+        # Without `cpu` Accelerate takes each of several CPU processes for the only one; trainers' arguments say it too.
+        PartialState(cpu=not torch.cuda.is_available())
         name = [task.run_name or time.strftime("%Y%m%d-%H%M%S")]
         broadcast_object_list(name)
         folder = Path(task.output_dir) / name[0]

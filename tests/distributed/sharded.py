@@ -17,57 +17,54 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
-from h2s.models import load_base_model, load_tokenizer
+from h2s import PrefixTuningPolicyModel
 from h2s.ppo.policy import PolicyWithValueHead
-from h2s.prefix.adapter import add_hard_prompt, prefix_from_hard_prompt, save_adapter, soft_prefix
-from h2s.prefix.chat_template import chat_prefix, wrap_chat_template
+from h2s.prefix.adapter import soft_prefix
 from h2s.prefix.generation import Batch
 
 
 def main(model_folder: str, out: str) -> None:
     dist.init_process_group("gloo")
-    tokenizer = load_tokenizer(model_folder)
-    prefix = chat_prefix(tokenizer, "You are a kind helper.")
-    wrap_chat_template(tokenizer, prefix)
 
-    def build() -> PolicyWithValueHead:
+    def build() -> tuple[PrefixTuningPolicyModel, PolicyWithValueHead]:
         torch.manual_seed(0)
-        model = prefix_from_hard_prompt(load_base_model(model_folder, dtype="float32"), prefix.token_ids)
-        add_hard_prompt(model, prefix.token_ids)
-        policy = PolicyWithValueHead(model)
-        torch.nn.init.normal_(policy.value_head.out.weight)
-        return policy
+        policy = PrefixTuningPolicyModel.from_hard_prompt(model_folder, "You are a kind helper.", device="cpu")
+        policy.add_hard_prompt()
+        trained = PolicyWithValueHead(policy.model)
+        torch.nn.init.normal_(trained.value_head.out.weight)
+        return policy, trained
 
-    def learn(policy: PolicyWithValueHead) -> tuple[torch.Tensor, torch.Tensor]:
+    def learn(trained: PolicyWithValueHead) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities, and the prefix's gradient, on each process's own rows."""
         rank = dist.get_rank()
-        batch = Batch.from_rows([[7 + rank, 8, 9], [10, 11 + rank]], [[12, 13, 5], [14, 5]], 0, "cpu")
-        logps, entropy, values = policy(batch.input_ids, batch.attention_mask, batch.completion_mask)
+        prompts, completions = [[7 + rank, 8, 9], [10, 11 + rank]], [[12, 13, 5], [14, 5]]
+        batch = Batch.from_rows(policy.tokenizer, prompts, completions, "cpu")
+        logps, entropy, values = trained(batch.input_ids, batch.attention_mask, batch.completion_mask)
         (logps.sum() + entropy.sum() + values.sum()).backward()
-        return logps.detach(), soft_prefix(policy.model).grad
+        return logps.detach(), soft_prefix(trained.model).grad
 
     def full(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    whole = build()
+    policy, whole = build()
     logps, gradient = learn(whole)
     dist.all_reduce(gradient)
     gradient /= dist.get_world_size()  # the mean over processes, as FSDP and DDP take it
 
-    policy = build()
-    for module in [m for m in policy.modules() if isinstance(m, (PrefixEncoder, Gemma3DecoderLayer))]:
+    policy, trained = build()
+    for module in [m for m in trained.modules() if isinstance(m, (PrefixEncoder, Gemma3DecoderLayer))]:
         fully_shard(module)
-    fully_shard(policy)
-    sharded_logps, sharded_gradient = learn(policy)
+    fully_shard(trained)
+    sharded_logps, sharded_gradient = learn(trained)
     # Every process takes part in gathering the prefix, the first one writes.
-    save_adapter(policy.model, tokenizer, prefix, out, is_main_process=dist.get_rank() == 0)
-    policy.save_value_head(out, is_main_process=dist.get_rank() == 0)
+    policy.save_pretrained(out, is_main_process=dist.get_rank() == 0)
+    trained.save_value_head(out, is_main_process=dist.get_rank() == 0)
     result = {
         "world_size": dist.get_world_size(),
         "logps": (sharded_logps - logps).abs().max().item(),
         "gradient": ((full(sharded_gradient) - gradient).abs().max() / gradient.abs().max()).item(),
         "largest gradient": gradient.abs().max().item(),
-        "rows of the prefix here": soft_prefix(policy.model).to_local().shape[0],
+        "rows of the prefix here": soft_prefix(trained.model).to_local().shape[0],
         "rows of the prefix": soft_prefix(whole.model).shape[0],
     }
     results = [None] * dist.get_world_size()

@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ROOT
+from tiny import HARD_PROMPT, ROOT
 from torch import distributed as dist
 
-from h2s.run.folder import reports_errors
+from h2s import PrefixTuningPolicyModel
+from h2s.run.folder import run_recipe
 
 UPDATES = ROOT / "tests" / "distributed" / "updates.py"
 SHARDED = ROOT / "tests" / "distributed" / "sharded.py"
@@ -46,24 +49,30 @@ def updates(gemma_folder, tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("ratio_norm", ["none", "mean"])
-def test_two_processes_end_where_one_does(ratio_norm, updates):
+@pytest.mark.parametrize("way", ["none", "mean", "left-out"])
+def test_two_processes_end_where_one_does(way, updates):
     """Three iterations of two passes on the same global batch of 8 out of 9 contexts, which do not share out evenly."""
-    results = {
-        processes: (load_file(f / f"{ratio_norm}.safetensors"), json.loads((f / f"{ratio_norm}.json").read_text()))
-        for processes, f in updates.items()
-    }
-    one, two = results[1][1], results[2][1]
+    ends = {n: load_file(folder / f"{way}.safetensors") for n, folder in updates.items()}
+    one, two = (json.loads((folder / f"{way}.json").read_text()) for folder in updates.values())
     assert one["world_size"] == 1 and two["world_size"] == 2
-    assert len(one["seen"][0]) == 4  # the value head's batch and three iterations
-    for alone, first, second in zip(one["seen"][0], *two["seen"], strict=True):
+    assert len(one["seen"][0]) == 5 + (way != "left-out")  # the value head's batch, three iterations, an evaluation
+    for alone, first, second in zip(one["seen"][0][:-2], *(seen[:-2] for seen in two["seen"]), strict=True):
         assert not set(first) & set(second)  # no context on both ranks
         assert sorted(first + second) == sorted(alone)
-    # Three contexts over two ranks: one has two of them.
-    assert one["evaluated"] == two["evaluated"] == [3]
-    assert results[1][0]["moved"].abs().max() > 1e-3
-    for name, value in results[1][0].items():
-        assert (results[2][0][name] - value).abs().max() < 1e-6, name
+    assert ends[1]["moved"].abs().max() > 1e-3
+    for name, value in ends[1].items():
+        assert (ends[2][name] - value).abs().max() < 1e-6, name
+    # What is logged of training, rewards and evaluation is that of all contexts; the last line is of the time.
+    for alone, together in zip(one["log"][:-1], two["log"][:-1], strict=True):
+        assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
+    assert one["log"][3]["eval_contexts"] == 3 and sum("metric of walk" in name for name in one["log"][0]) == 8
+    for step in (1, 2, 3):
+        name = Path(f"run-{way}", "completions", f"step-{step:06d}.parquet")
+        alone, together = (pd.read_parquet(folder / name).sort_values("completion") for folder in updates.values())
+        assert len(alone) == 8 and together["letters"].tolist() == alone["letters"].tolist()
+        assert together["advantage"].tolist() == pytest.approx(alone["advantage"].tolist(), abs=1e-4)
+        assert together["score"].isna().tolist() == alone["score"].isna().tolist()
+        assert alone["score"].isna().any() == (way == "left-out")
 
 
 def test_sharded_by_fsdp2(gemma_folder, tmp_path):
@@ -82,6 +91,51 @@ def test_sharded_by_fsdp2(gemma_folder, tmp_path):
     assert torch.equal(saved, whole.pop("prefix"))
     head = load_file(tmp_path / "value_head.safetensors")
     assert head.keys() == whole.keys() and all(torch.equal(head[name], whole[name]) for name in whole)
+
+
+@pytest.fixture(scope="module")
+def compared(policy_adapter, reward_adapter, contexts_file, tmp_path_factory):
+    """Folders of `compare.py` on one and two processes."""
+    out = tmp_path_factory.mktemp("compared")
+    flags = ["--policy_adapter", policy_adapter, "--reward_adapter", reward_adapter, "--path", contexts_file]
+    flags += ["--max_completion_length", 6, "--batch_size", 3, "--best_of_n", 2, "--output_dir", out, "--split", "all"]
+    for processes in (1, 2):
+        done = launch(processes, "recipes/compare.py", *map(str, flags), "--run_name", str(processes))
+        assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def test_comparing_on_two_processes_says_what_one_says(compared):
+    """40 contexts in 14 batches of up to 3: the same replies, scores, report and sheet, each file written once."""
+    one, two = (compared / str(n) for n in (1, 2))
+    assert sorted(f.name for f in compared.iterdir()) == ["1", "2"]
+    assert {f.name for f in one.iterdir()} == {f.name for f in two.iterdir()} > {"blinded.xlsx", "README.md"}
+    tables = [pd.read_parquet(folder / "replies.parquet") for folder in (one, two)]
+    pd.testing.assert_frame_equal(*tables)
+    assert len(tables[0]) == 40 and tables[0]["soft_reward"].nunique() > 5
+    assert (one / "README.md").read_text() == (two / "README.md").read_text()
+    sheets = [pd.read_excel(folder / "blinded.xlsx") for folder in (one, two)]
+    pd.testing.assert_frame_equal(*sheets)
+    assert (two / "train.log").read_text().count("soft against hard, temperature") == 1
+
+
+def test_converting_on_two_processes_writes_once(gemma_folder, tmp_path):
+    flags = ["--model_name_or_path", str(gemma_folder), "--hard_prompt", HARD_PROMPT, "--output_dir", str(tmp_path)]
+    done = launch(2, "recipes/convert_prompt.py", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (folder,) = tmp_path.iterdir()  # named after the time, the same on both
+    assert {"adapter_model.safetensors", "h2s.json", "recipe.yaml", "train.log"} <= {f.name for f in folder.iterdir()}
+    log = (folder / "train.log").read_text()
+    assert log.count("saved to") == 1 == log.count("virtual tokens")
+    again = PrefixTuningPolicyModel.from_pretrained(folder, device="cpu")
+    assert again.difference_to_hard_prompt() < 1e-4
+
+
+def test_generating_is_of_one_process(policy_adapter):
+    done = launch(2, "recipes/generate.py", "--policy_adapter", str(policy_adapter), "--conversation", "hello")
+    assert done.returncode != 0 and "exitcode  : 2" in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: generate.py is one conversation on one process, got 2: start it with python"]
 
 
 def test_both_stages_run_on_two_processes(gemma_folder, bert_folder, sheet_file, contexts_file, tmp_path):
@@ -113,6 +167,6 @@ def test_a_recipe_leaves_its_process_group():
     """Left to the interpreter's end, gloo's threads can abort it."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     inside = []
-    reports_errors(lambda: inside.append(dist.is_initialized()))()
+    run_recipe(lambda run, argv: inside.append(dist.is_initialized()))()
     assert inside == [True]
     assert not dist.is_initialized()

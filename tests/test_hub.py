@@ -1,21 +1,52 @@
-"""The card that is pushed, on a Hub that is only recorded."""
+"""Adapters on a Hub that is only recorded, and the card: what it says, and that what it says to run runs."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
+from tiny import HARD_PROMPT, build_reward_model
+from transformers import pipeline
 
+from h2s import InputError, PrefixTuningPolicyModel
 from h2s import hub as hub_module
-from h2s.hub import push_adapter, write_card
+from h2s.hub import adapter_folder, write_card
+
+FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "h2s.json",
+    "README.md",
+}
+
+
+@pytest.fixture(params=["policy", "reward"])
+def adapter(request, gemma_folder, bert_folder):
+    if request.param == "reward":
+        return build_reward_model(bert_folder)
+    return PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT)
+
+
+# Push
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What was done to the Hub, the card as it went there."""
+    """What was done to the Hub: each call's name and arguments, and of an upload what the folder held."""
     done = []
 
     class Api:
         def __init__(self, token):
-            pass
+            done.append(("token", token))
 
         def create_repo(self, name, private, exist_ok):
+            done.append(("create", name, private, exist_ok))
             repo = name if "/" in name else f"me/{name}"
             return type("Url", (str,), {"repo_id": repo})(f"https://huggingface.co/{repo}")
 
@@ -23,50 +54,173 @@ def hub(monkeypatch):
             done.append(("branch", repo_id, branch, exist_ok))
 
         def upload_folder(self, repo_id, folder_path, allow_patterns, revision, commit_message):
-            card = (folder_path / "README.md").read_text(encoding="utf-8") if commit_message == "Card" else None
-            done.append((commit_message, repo_id, revision, card))
+            held = {str(f.relative_to(folder_path)): f for f in Path(folder_path).rglob("*")}
+            card = held["README.md"].read_text(encoding="utf-8")
+            done.append(
+                ("upload", repo_id, revision, commit_message, set(held), set(allow_patterns), card, folder_path)
+            )
 
     monkeypatch.setattr(hub_module, "HfApi", Api)
     return done
 
 
-@pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "2026-run"
-    folder.mkdir()
-    return folder
-
-
-@pytest.mark.parametrize("reward", [False, True])
-@pytest.mark.parametrize(("name", "repo"), [("you/kind", "you/kind"), ("kind", "me/kind"), (None, "me/2026-run")])
-def test_the_pushed_card_loads_what_was_pushed(folder, hub, name, repo, reward):
-    write_card(folder, "A prefix", "google/gemma-3-1b-it", "Measured.", reward)
-    push_adapter(folder, "they/before", None, None, revision="old")  # a card may be pushed again, elsewhere
-    hub.clear()
-    assert push_adapter(folder, name, None, None) == f"https://huggingface.co/{repo}"
-    assert [call[:3] for call in hub] == [("Adapter", repo, None), ("Card", repo, None)]
-    card = hub[-1][-1]
+@pytest.mark.parametrize(("name", "repo"), [("you/kind", "you/kind"), ("kind", "me/kind")])
+def test_push_is_one_commit_of_the_adapter_and_nothing_else(adapter, hub, name, repo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = FILES | ({"chat_template.jinja"} if isinstance(adapter, PrefixTuningPolicyModel) else set())
+    url = adapter.push_to_hub(name, "Measured: much.", private=True, token="secret", commit_message="First")
+    assert url == f"https://huggingface.co/{repo}"
+    token, created, (*upload, held, allowed, card, folder) = hub
+    assert (token, created) == (("token", "secret"), ("create", name, True, True))
+    assert upload == ["upload", repo, None, "First"]
+    assert held == files and files <= allowed and not any("*" in pattern for pattern in allowed)
     assert card.count(f'.from_pretrained("{repo}"') == card.count(".from_pretrained(") == 2
-    assert "revision" not in card and card.count("num_labels=1") == reward
+    assert "revision" not in card and "Measured: much." in card and "secret" not in card
+    assert not Path(folder).exists() and not list(tmp_path.iterdir())
 
 
-def test_a_card_that_is_not_pushed_loads_the_folder(folder):
-    write_card(folder, "A prefix", "google/gemma-3-1b-it", "Measured.")
-    assert (folder / "README.md").read_text(encoding="utf-8").count('.from_pretrained("2026-run")') == 2
+@pytest.mark.parametrize(
+    ("revision", "branches"), [("second", [("branch", "you/kind", "second", True)]), ("refs/pr/1", [])]
+)
+def test_a_revision_is_pushed_to_and_loaded_from(adapter, hub, revision, branches):
+    """A branch is made where it is new; a pull request is none."""
+    adapter.push_to_hub("you/kind", revision=revision)
+    assert [call for call in hub if call[0] == "branch"] == branches
+    (upload,) = [call for call in hub if call[0] == "upload"]
+    assert hub.index(upload) == len(hub) - 1 and upload[1:4] == ("you/kind", revision, "Adapter")
+    card = upload[-2]
+    assert card.count(f'.from_pretrained("you/kind", revision="{revision}"') == card.count(".from_pretrained(") == 2
 
 
-def test_a_revision_is_pushed_to_and_loaded_from(folder, hub):
-    """The branch is made where it is new."""
-    write_card(folder, "A prefix", "google/gemma-3-1b-it", "Measured.", reward=True)
-    push_adapter(folder, "you/kind", None, None, revision="second")
-    branch, *uploads = hub
-    assert branch == ("branch", "you/kind", "second", True)
-    assert [call[:3] for call in uploads] == [("Adapter", "you/kind", "second"), ("Card", "you/kind", "second")]
-    assert 'SequenceClassification.from_pretrained("you/kind", revision="second", num_labels=1)' in hub[-1][-1]
-    assert 'AutoTokenizer.from_pretrained("you/kind", revision="second")' in hub[-1][-1]
+# Download
 
 
-def test_a_pull_request_is_no_branch_to_make(folder, hub):
-    write_card(folder, "A prefix", "google/gemma-3-1b-it", "Measured.")
-    push_adapter(folder, "you/kind", None, None, revision="refs/pr/1")
-    assert [call[:3] for call in hub] == [("Adapter", "you/kind", "refs/pr/1"), ("Card", "you/kind", "refs/pr/1")]
+@pytest.mark.parametrize("name", ["no-such-folder", "./outputs/none", "a/b/c", "/nowhere/b", "~/adapter"])
+def test_adapter_folder_that_is_none(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"no such adapter folder: {name}"):
+        adapter_folder(name)
+
+
+def test_an_adapter_on_the_hub_is_downloaded_without_programs_or_pickles(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(*args, allow_patterns, **kwargs):
+        asked.append((*args, kwargs))
+        assert set(allow_patterns) == {"*.json", "*.safetensors", "*.txt", "*.jinja"}
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub_module, "snapshot_download", snapshot_download)
+    assert adapter_folder("you/kind", "second", token="secret", cache_dir="here") == str(tmp_path)
+    assert asked == [("you/kind", {"revision": "second", "token": "secret", "cache_dir": "here"})]
+
+
+def test_links_of_the_hubs_own_cache_and_links_that_lead_out(tmp_path):
+    """The cache keeps files beside its snapshots; elsewhere a link could name any file of this machine."""
+    for there in ("models--me--kind/snapshots/abc", "models--me--kind/blobs", "copied"):
+        (tmp_path / there).mkdir(parents=True)
+    blob = tmp_path / "models--me--kind" / "blobs" / "123"
+    blob.write_text("{}", encoding="utf-8")
+    snapshot = tmp_path / "models--me--kind" / "snapshots" / "abc"
+    for folder in (snapshot, tmp_path / "copied"):
+        (folder / "adapter_config.json").symlink_to(blob)
+    assert adapter_folder(snapshot) == str(snapshot)
+    with pytest.raises(InputError, match=f"is a link out of its folder, to {blob}: put the file itself there"):
+        adapter_folder(tmp_path / "copied")
+    (snapshot / "h2s.json").symlink_to(tmp_path / "copied" / "secret.json")
+    with pytest.raises(InputError, match="is a link out of its folder"):
+        adapter_folder(snapshot)
+
+
+@pytest.mark.parametrize("error", [OSError("offline\nnow"), ValueError("bad name")])
+def test_an_adapter_that_the_hub_does_not_give(error, monkeypatch):
+    def snapshot_download(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(hub_module, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        InputError, match=r"you/kind is no folder, and the Hub gives no such adapter: (offline now|bad)"
+    ):
+        adapter_folder("you/kind")
+
+
+# The card
+
+
+@pytest.mark.parametrize("base", ["google/gemma-3-1b-it", "folder"])
+def test_what_the_card_says(base, tmp_path):
+    """A base on the Hub is linked; of a folder only the last part is told."""
+    local = tmp_path / "secret-project" / "my-gemma"
+    local.mkdir(parents=True)
+    write_card(
+        tmp_path, "A prefix", str(local) if base == "folder" else base, "Measured.", "use()", "text-generation", ["x"]
+    )
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    assert card.data.tags == ["h2s", "prefix-tuning", "x"]
+    assert card.data.base_model == (None if base == "folder" else base)
+    assert f"Base model: {'my-gemma' if base == 'folder' else base}\n\nMeasured.\n" in card.text
+    assert "```python\nuse()\n```" in card.text and "secret-project" not in card.content
+    assert re.search(r"torch \d.*, transformers \d.*, peft \d.*, trl \d.*, datasets \d", card.text)
+
+
+def test_a_card_written_again_says_the_new(adapter, tmp_path):
+    """As after training, when the adapter lies there already."""
+    adapter.save_pretrained(tmp_path / "run", "First.")
+    adapter.write_card(tmp_path / "run", "Second.")
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "Second." in card and "First." not in card
+    assert card.count('.from_pretrained("run"') == card.count(".from_pretrained(") == 2
+
+
+# Runs a card's example where there is no h2s, and says what its last line gives.
+RUN = """
+import ast, json, sys
+sys.modules["h2s"] = None
+*lines, last = ast.parse(sys.stdin.read()).body
+names = {}
+exec(compile(ast.Module(lines, []), "card", "exec"), names)
+value = eval(compile(ast.Expression(last.value), "card", "eval"), names)
+json.dump(value if isinstance(value, list) else value.tolist(), sys.stdout)
+"""
+
+
+def run_example(folder):
+    (example,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN],
+        input=example,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=folder.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("opening", [(), ("start",)], ids=["user first", "assistant first"])
+def test_the_example_of_a_policy_answers_as_the_hard_prompt(gemma_folder, opening, tmp_path):
+    base = shutil.copytree(gemma_folder, tmp_path / "base")
+    settings = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
+    for name in ("top_k", "top_p"):
+        del settings[name]
+    settings |= {"do_sample": False, "max_new_tokens": 8}
+    (base / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    policy = PrefixTuningPolicyModel.from_hard_prompt(str(base), HARD_PROMPT, *opening)
+    policy.save_pretrained(tmp_path / "kind")
+    (answered,) = run_example(tmp_path / "kind")
+    *messages, reply = answered["generated_text"]
+    front = [{"role": "system", "content": HARD_PROMPT}, *({"role": "user", "content": o} for o in opening)]
+    expected = pipeline("text-generation", model=str(base))([*front, *messages])[0]["generated_text"][-1]
+    assert reply == expected and len(policy.tokenizer(reply["content"]).input_ids) > 4
+    assert messages[0]["role"] == ("assistant" if opening else "user")
+
+
+def test_the_example_of_a_reward_scores_as_the_reward(loud_bert, tmp_path):
+    reward = build_reward_model(loud_bert)
+    reward.save_pretrained(tmp_path / "judge")
+    ((score,),) = run_example(tmp_path / "judge")
+    assert score == pytest.approx(reward.score(["the context"], ["the response"]).item(), abs=1e-5)
+    assert score != pytest.approx(reward.score(["the response"], ["the context"]).item(), abs=1e-3)

@@ -8,6 +8,7 @@ import pandas as pd
 from datasets import Dataset
 
 from h2s.data.messages import conversation_id
+from h2s.errors import RunError
 from h2s.prefix.generation import Sampling, seeded
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
 from h2s.report.intervals import difference_text
@@ -66,7 +67,8 @@ def best_of_n(draws: pd.DataFrame, names: Sequence[str], n: int) -> pd.DataFrame
     """What the best of n replies by `names[0]` scores, less what one reply scores: expected over all n of the N drawn.
 
     The reply of rank j among N (1 the worst) is the best of n drawn without replacement with probability
-    C(j - 1, n - 1) / C(N, n).
+    C(j - 1, n - 1) / C(N, n). Replies that a score left out (NaN) are not among the N, nor is a context that has fewer
+    than n others.
 
     Args:
         draws: replies as from `draw_hard`, with a column a score.
@@ -75,13 +77,21 @@ def best_of_n(draws: pd.DataFrame, names: Sequence[str], n: int) -> pd.DataFrame
 
     Returns:
         A row a context: `conversation` and each score's gain.
+
+    Raises:
+        RunError: there is no such context.
     """
     rows = []
-    for _, group in draws.sort_values(names[0], kind="stable").groupby("context", sort=True):
+    scored = draws.dropna(subset=list(names))
+    for _, group in scored.sort_values(names[0], kind="stable").groupby("context", sort=True):
         total = len(group)
+        if total < n:
+            continue
         weights = np.array([math.comb(j, n - 1) / math.comb(total, n) for j in range(total)])
         gains = {name: float(weights @ group[name] - group[name].mean()) for name in names}
         rows.append({"conversation": group["conversation"].iloc[0], **gains})
+    if not rows:
+        raise RunError(f"no context has {n} replies that {', '.join(names)} scored: there is nothing to choose from")
     return pd.DataFrame(rows)
 
 
@@ -97,7 +107,10 @@ def best_of_n_report(table: pd.DataFrame, draws: pd.DataFrame, names: Sequence[s
         gained = best_of_n(draws, names, n)
         cells = " | ".join(difference_text(gained[name], gained["conversation"]) for name in names)
         lines.append(f"| hard prompt, best of {n} | at most {math.log(n) - (n - 1) / n:.2f} | {cells} |")
-    gains = (difference_text(table[f"soft_{name}"] - table[f"hard_{name}"], table["conversation"]) for name in names)
+    scored = [(name, table.dropna(subset=[f"soft_{name}", f"hard_{name}"])) for name in names]
+    gains = [
+        difference_text(both[f"soft_{name}"] - both[f"hard_{name}"], both["conversation"]) for name, both in scored
+    ]
     kl = table["kl"].mean()
     lines.append(f"| soft prefix, one reply | {'-' if math.isnan(kl) else f'{kl:.2f}'} | {' | '.join(gains)} |")
     return "\n".join(lines)

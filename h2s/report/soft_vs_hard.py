@@ -57,7 +57,8 @@ def soft_vs_hard(
         RunError: a score is not finite; it would count as neither won nor lost.
     """
     policy.add_hard_prompt()
-    prompt_ids = policy.encode(contexts["prompt"], sampling.max_completion_length)
+    prompts = [as_messages(prompt) for prompt in contexts["prompt"]]
+    prompt_ids = policy.encode(prompts, sampling.max_completion_length)
     records: list[dict] = []
     for rows in shared_batches(len(contexts), batch_size, "soft against hard", progress):
         records += _answer_both(policy, contexts.select(rows), [prompt_ids[i] for i in rows], rows, sampling, seed)

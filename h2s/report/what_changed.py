@@ -1,5 +1,6 @@
 """What training did to a prefix: the same contexts answered by both prompts, and how far each layer moved."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def what_changed(table: pd.DataFrame, model: PeftModel, scores: Sequence[str]) -
     for row in table.head(EXAMPLES).to_dict("records"):
         lines += [_quoted(row["prompt"]), ""]
         for side in ("hard", "soft"):
-            scored = ", ".join(f"{name} {row[f'{side}_{name}']:+.2f}" for name in scores)
+            scored = ", ".join(f"{name} {_in_short(row[f'{side}_{name}'])}" for name in scores)
             ended = "" if row[f"{side}_finished"] else ", not finished"
             lines.append(f"- {side} ({scored}{ended}): {_in_one_line(row[side])}")
         lines.append("")
@@ -58,6 +59,10 @@ def what_changed(table: pd.DataFrame, model: PeftModel, scores: Sequence[str]) -
 
 def _quoted(prompt: Messages) -> str:
     return "\n>\n".join(f"> {m['role']}: {_in_one_line(m['content'])}" for m in prompt)
+
+
+def _in_short(score: float) -> str:
+    return "left out" if math.isnan(score) else f"{score:+.2f}"
 
 
 def _in_one_line(text: str) -> str:

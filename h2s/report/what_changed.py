@@ -48,9 +48,10 @@ def what_changed(table: pd.DataFrame, model: PeftModel, scores: Sequence[str]) -
     for row in table.head(EXAMPLES).to_dict("records"):
         lines += [_quoted(row["prompt"]), ""]
         for side in ("hard", "soft"):
-            scored = ", ".join(f"{name} {_in_short(row[f'{side}_{name}'])}" for name in scores)
-            ended = "" if row[f"{side}_finished"] else ", not finished"
-            lines.append(f"- {side} ({scored}{ended}): {_in_one_line(row[side])}")
+            said = [f"{name} {_in_short(row[f'{side}_{name}'])}" for name in scores]
+            said += [] if row[f"{side}_finished"] else ["not finished"]
+            about = f" ({', '.join(said)})" if said else ""
+            lines.append(f"- {side}{about}: {_in_one_line(row[side])}")
         lines.append("")
     lines += ["How far the prefix moved, relative to its own size:", "", "| layer | keys | values |", "|---|---|---|"]
     lines += [f"| {m.Index} | {m.keys:.4f} | {m.values:.4f} |" for m in layer_movement(model).itertuples()]

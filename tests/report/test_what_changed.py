@@ -1,10 +1,12 @@
+import math
+
 import pandas as pd
 import pytest
 import torch
 from tiny import sample_context
 
 from h2s.prefix.adapter import soft_prefix
-from h2s.report.soft_vs_hard import EXAMPLES, layer_movement, what_changed
+from h2s.report.what_changed import EXAMPLES, layer_movement, what_changed, write_what_changed
 
 LAYERS, WIDTH = 4, 2 * 8  # of the tiny Gemma: key-value heads times their size
 
@@ -23,17 +25,17 @@ def relative(before, after):
     ]
 
 
-def test_nothing_has_moved_at_the_start(policy_parts):
-    moved = layer_movement(policy_parts[0])
+def test_nothing_has_moved_at_the_start(policy):
+    moved = layer_movement(policy.model)
     assert moved.shape == (LAYERS, 2) and list(moved.columns) == ["keys", "values"]
     assert moved.to_numpy().max() == 0
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("part", ["keys", "values"])
-def test_one_layers_part_moved_by_hand(policy_parts, layer, part):
+def test_one_layers_part_moved_by_hand(policy, layer, part):
     """Half as much again is a movement of 0.5, and the cache shows that it was that part of that layer."""
-    model = policy_parts[0]
+    model = policy.model
     before = cached(model)
     at = (2 * layer + (part == "values")) * WIDTH
     with torch.no_grad():
@@ -44,9 +46,9 @@ def test_one_layers_part_moved_by_hand(policy_parts, layer, part):
     assert layer_movement(model).to_numpy() == pytest.approx(torch.tensor(expected).numpy(), abs=1e-5)
 
 
-def test_movement_equals_that_of_the_cache(policy_parts):
+def test_movement_equals_that_of_the_cache(policy):
     """All parts moved at once, each in its own way, back along the hard prompt too."""
-    model = policy_parts[0]
+    model = policy.model
     before = cached(model)
     with torch.no_grad():
         noise = torch.randn(soft_prefix(model).shape, generator=torch.Generator().manual_seed(0))
@@ -69,13 +71,13 @@ def table():
             "soft_reward": [i + 0.126 for i in rows],
             "hard_reward": -1.0,
             "soft_judge": 0.5,
-            "hard_judge": 0.0,
+            "hard_judge": [math.nan if i == 2 else 0.0 for i in rows],
         }
     )
 
 
-def test_report_shows_both_replies_of_the_first_contexts(table, policy_parts):
-    model = policy_parts[0]
+def test_report_shows_both_replies_of_the_first_contexts(table, policy):
+    model = policy.model
     with torch.no_grad():
         soft_prefix(model)[:, WIDTH : 2 * WIDTH] *= 1.25
     lines = what_changed(table, model, ["reward", "judge"]).splitlines()
@@ -92,9 +94,18 @@ def test_report_shows_both_replies_of_the_first_contexts(table, policy_parts):
         "",
     ]
     assert "- soft (reward +1.13, judge +0.50, not finished): soft 1 words" in lines
-    assert sum("not finished" in line for line in lines) == 1
+    assert sum("not finished" in line for line in lines) == 1 == sum("left out" in line for line in lines)
+    assert "- hard (reward -1.00, judge left out): hard 2" in lines
     for side in ("soft", "hard"):
         assert sum(line.startswith(f"- {side} (") for line in lines) == EXAMPLES
     assert lines[-6:] == ["| layer | keys | values |", "|---|---|---|", "| 0 | 0.0000 | 0.2500 |"] + [
         f"| {i} | 0.0000 | 0.0000 |" for i in (1, 2, 3)
     ]
+
+
+def test_report_without_scores(table, policy, tmp_path):
+    path = write_what_changed(table, policy, [], tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "what_changed.md" and text == what_changed(table, policy.model, [])
+    assert "- soft (): soft 0 words" not in text and "- soft: soft 0 words" in text
+    assert "- soft (not finished): soft 1 words" in text

@@ -20,17 +20,12 @@ def check_run(
     """Check that this machine and this data can run these settings: before weights load.
 
     Raises:
-        InputError: one process sees several CUDA devices, the contexts do not fill an iteration, or the first
-            evaluation would fail.
+        InputError: a data set has the wrong columns, the contexts do not fill an iteration, or the first evaluation
+            would fail.
     """
-    if args.n_gpu > 1:
-        raise InputError(
-            f"one process sees {args.n_gpu} CUDA devices: start it with accelerate launch, or show it one by "
-            "CUDA_VISIBLE_DEVICES"
-        )
-    if not isinstance(train_dataset, Dataset):
-        got = type(train_dataset).__name__
-        raise InputError(f"train_dataset must be a datasets.Dataset with a column prompt, got {got}")
+    check_columns(train_dataset, "train_dataset")
+    if eval_dataset is not None:
+        check_columns(eval_dataset, "eval_dataset")
     needed = args.per_device_train_batch_size * args.world_size
     if len(train_dataset) < needed:
         raise InputError(
@@ -47,14 +42,11 @@ def check_run(
         raise InputError(f"metric_for_best_model must be one of {', '.join(metrics)}, got {metric}{others}")
 
 
-def encode_contexts(
-    dataset: Dataset | None, name: str, policy: PrefixTuningPolicyModel, max_completion_length: int
-) -> Dataset:
-    """A data set with `prompt` as messages and `prompt_ids`, what is fed after the prefix.
+def check_columns(dataset: Any, name: str) -> None:
+    """Check that contexts are a data set with a `prompt`, whose other columns rewards can be handed.
 
     Raises:
-        InputError: it is none, has no `prompt`, a column that a reward could not be handed, or a context that
-            cannot be answered (named by its place, counted from 1).
+        InputError: they are not.
     """
     if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         got = dataset.column_names if isinstance(dataset, Dataset) else type(dataset).__name__
@@ -62,6 +54,17 @@ def encode_contexts(
     taken = [column for column in dataset.column_names if column in TAKEN_NAMES]
     if taken:
         raise InputError(f"{name} has a column {taken[0]}, a name that rewards are handed something else by: rename it")
+
+
+def encode_contexts(
+    dataset: Dataset, name: str, policy: PrefixTuningPolicyModel, max_completion_length: int
+) -> Dataset:
+    """Contexts with `prompt` as messages and `prompt_ids`, what is fed after the prefix.
+
+    Raises:
+        InputError: the columns are wrong, or a context cannot be answered (named by its place, counted from 1).
+    """
+    check_columns(dataset, name)
     prompts = []
     for number, prompt in enumerate(dataset["prompt"], start=1):
         try:

@@ -25,7 +25,7 @@ from trl.models import unwrap_model_for_generation
 
 from h2s.errors import InputError, RunError
 from h2s.ppo.config import SingleStepPPOConfig
-from h2s.ppo.contexts import as_columns, check_run, encode_contexts, selection_metric
+from h2s.ppo.contexts import as_columns, check_columns, check_run, encode_contexts, selection_metric
 from h2s.ppo.iteration_log import IterationLog
 from h2s.ppo.loss import (
     approx_kl_per_token,
@@ -320,9 +320,10 @@ class SingleStepPPOTrainer(WholeCheckpoints):
         """
         self.accelerator.backward(loss)
         prefix_group, value_group = self.optimizer.param_groups
-        norm = float(self.accelerator.clip_grad_norm_(prefix_group["params"], self.args.max_grad_norm))
+        largest = self.args.max_grad_norm or math.inf  # 0 is no clipping, as Trainer has it
+        norm = float(self.accelerator.clip_grad_norm_(prefix_group["params"], largest))
         self.iterations.metrics["policy/grad_norm"].append(norm)
-        self.accelerator.clip_grad_norm_(value_group["params"], self.args.max_grad_norm)
+        self.accelerator.clip_grad_norm_(value_group["params"], largest)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -357,13 +358,14 @@ class SingleStepPPOTrainer(WholeCheckpoints):
         error = (ratio - 1).abs().max().item()
         tolerance = RATIO_TOLERANCE.get(self.policy.model.get_base_model().dtype, 0.2)
         if error > tolerance:
-            print(f"warning: the first pass's ratio is {error:.3g} away from 1, more than {tolerance}", flush=True)
+            logger.warning("the first pass's ratio is %.3g away from 1, more than %g", error, tolerance)
 
     # ---- soft against hard ----
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Compare soft with hard on held-out contexts; keep the prefix if it is the best so far."""
         contexts = self.eval_dataset if eval_dataset is None else eval_dataset
+        check_columns(contexts, "eval_dataset")
         table = self.compare(contexts)
         metrics = {f"{metric_key_prefix}_{k}": v for name in self.scorers for k, v in summarise(table, name).items()}
         verdict = over_optimised([*self.state.log_history, metrics | {"step": self.state.global_step}])

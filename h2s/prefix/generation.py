@@ -14,6 +14,8 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.kernels import ChunkedLogProbFunction
 
+from h2s.errors import InputError
+
 # Gemma's end of a turn, which its generation config does not always list.
 TURN_END = "<end_of_turn>"
 # Columns of the [N, V] logits that exist at a time.
@@ -29,13 +31,19 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
+    def __post_init__(self):
+        if self.max_completion_length < 1:
+            raise InputError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise InputError("expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+
     @property
     def whole(self) -> bool:
         """Whether any token may be drawn: only then do log-probabilities tell the KL of what is drawn."""
         return self.temperature > 0 and self.top_k == 0 and self.top_p == 1
 
     def generation_config(self, stop_ids: list[int], pad_id: int) -> GenerationConfig:
-        """Every setting is explicit: what is left out would be the model's own (Gemma's keeps the top 64)."""
+        """The settings, explicit: what is left out would be the model's own (Gemma's keeps the top 64)."""
         greedy = self.temperature == 0
         chosen = {} if greedy else {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return GenerationConfig(

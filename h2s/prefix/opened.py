@@ -108,6 +108,7 @@ def open_policy(arguments: HardPromptArguments, prefix_adapter: str | None = Non
         )
     for key in (
         "model_name_or_path",
+        "model_revision",
         "hard_prompt",
         "hard_prompt_file",
         "opening_user_message",

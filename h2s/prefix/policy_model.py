@@ -35,9 +35,11 @@ QUESTION_PREFIX = "好的，題目如下："
 # What `generate` sets itself, and the argument that says it.
 OWN_ARGUMENTS = {
     "max_new_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
     "do_sample": "temperature (0 is greedy)",
     "generation_config": "max_completion_length, temperature, top_k and top_p",
     "num_return_sequences": "a conversation as often as you want replies to it",
+    "return_dict_in_generate": "policy.model.generate the tokens of policy.encode",
 }
 CARD_EXAMPLE = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, pipeline
@@ -79,7 +81,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
     @classmethod
     def from_hard_prompt(
         cls,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         hard_prompt: str,
         opening_user_message: str | None = None,
         *,
@@ -108,11 +110,15 @@ class PrefixTuningPolicyModel(SavedAdapter):
         Raises:
             InputError: the model or the prompt cannot be used.
         """
-        if isinstance(model, str):
+        if isinstance(model, (str, Path)):
+            if tokenizer is not None:
+                raise InputError("tokenizer is for a model that is loaded already: leave it out")
             opened = open_hard_prompt(
-                model, hard_prompt, opening_user_message, revision, chat_template_kwargs, **download
+                str(model), hard_prompt, opening_user_message, revision, chat_template_kwargs, **download
             )
             return cls.load(opened, dtype, attn_implementation, device)
+        if not isinstance(model, PreTrainedModel):
+            raise InputError(f"model must be a name or a transformers model, got a {type(model).__name__}")
         if os.path.isdir(model.name_or_path):
             model.name_or_path = model_source(model.name_or_path)  # the adapter must find it from elsewhere too
         # A copy: its template is wrapped, and the caller's stays as it is.
@@ -252,6 +258,8 @@ class PrefixTuningPolicyModel(SavedAdapter):
             InputError: a conversation cannot be answered with this prefix (named by its place, counted from 1), or an
                 argument has another name here.
         """
+        if isinstance(conversations, str):
+            raise InputError("generate takes a list of conversations, got a text: reply takes one")
         for name in generation_kwargs:
             if name in OWN_ARGUMENTS:
                 raise InputError(f"{name} has another name here: give {OWN_ARGUMENTS[name]}")

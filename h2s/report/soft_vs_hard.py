@@ -18,7 +18,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import TrainerState
 
-from h2s.data.messages import conversation_id
+from h2s.data.messages import Messages, as_messages, conversation_id
 from h2s.errors import RunError
 from h2s.prefix.generation import Batch, Sampling, completion_logps, seeded
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
@@ -61,7 +61,8 @@ def soft_vs_hard(
     prompt_ids = policy.encode(prompts, sampling.max_completion_length)
     records: list[dict] = []
     for rows in shared_batches(len(contexts), batch_size, "soft against hard", progress):
-        records += _answer_both(policy, contexts.select(rows), [prompt_ids[i] for i in rows], rows, sampling, seed)
+        batch = [prompts[i] for i in rows], [prompt_ids[i] for i in rows]
+        records += _answer_both(policy, *batch, rows, sampling, seed)
     mine = contexts.select([record["row"] for record in records])
     for name, scorer in scorers.items():
         for side in ("soft", "hard"):
@@ -84,7 +85,8 @@ def score_replies(
 ) -> None:
     """Add the score `name` of the texts `reply` to records, in place; `contexts` holds their rows in the same order."""
     texts, ids = ([record[key] for record in records] for key in (reply, f"{reply}_ids"))
-    values = scorer(contexts["prompt"], texts, ids, reward_columns(contexts), trainer_state)
+    prompts = [record["prompt"] for record in records]
+    values = scorer(prompts, texts, ids, reward_columns(contexts), trainer_state)
     for record, score in zip(records, scorer.total(values).tolist(), strict=True):
         record[name] = score
 
@@ -111,7 +113,7 @@ def gather_rows(records: list[dict]) -> pd.DataFrame:
 @torch.no_grad()
 def _answer_both(
     policy: PrefixTuningPolicyModel,
-    contexts: Dataset,
+    prompts: list[Messages],
     prompt_ids: list[list[int]],
     rows: range,
     sampling: Sampling,
@@ -130,7 +132,7 @@ def _answer_both(
             ref_logps = completion_logps(policy.model, batch, sampling.temperature)[0]
         kls = (logps - ref_logps).sum(1).tolist()
     records = []
-    for row, prompt, kl, *completions in zip(rows, contexts["prompt"], kls, soft, hard, strict=True):
+    for row, prompt, kl, *completions in zip(rows, prompts, kls, soft, hard, strict=True):
         record: dict[str, Any] = {"row": row, "conversation": conversation_id(prompt), "prompt": prompt, "kl": kl}
         for name, completion in zip(("soft", "hard"), completions, strict=True):
             record[name] = policy.decode(completion)

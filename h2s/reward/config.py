@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import RewardConfig
 
 from h2s.errors import InputError
@@ -54,6 +55,13 @@ class RewardModelConfig(RewardConfig):
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
+        evaluated, saved = IntervalStrategy(self.eval_strategy).value, SaveStrategy(self.save_strategy).value
+        steps = {"steps": (self.eval_steps, self.save_steps)}.get(evaluated, (None, None))
+        if evaluated != "no" and saved != "best" and (saved != evaluated or steps[0] != steps[1]):
+            raise InputError(
+                f"save_strategy must be as eval_strategy, which is {evaluated}, with the same steps, got {saved}: the "
+                "best epoch is taken from its checkpoint"
+            )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,7 +12,13 @@ from datasets import Dataset
 from peft import PrefixTuningConfig, TaskType
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    BertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
 from trl import RewardTrainer
 
 from h2s.errors import InputError, RunError
@@ -71,6 +78,20 @@ class ConversationSampler(Sampler[int]):
         self.epoch = epoch
 
 
+def check_pairs(dataset: Any, name: str) -> None:
+    """Check that judgements are a data set with `prompt`, `chosen` and `rejected`.
+
+    Raises:
+        InputError: they are not.
+    """
+    columns = dataset.column_names if isinstance(dataset, Dataset) else type(dataset).__name__
+    if not isinstance(dataset, Dataset) or not {"prompt", "chosen", "rejected"} <= set(columns):
+        raise InputError(
+            f"{name} must be a datasets.Dataset with the columns prompt, chosen and rejected, got {columns}; "
+            "load_preferences reads judgements"
+        )
+
+
 class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
     """Learns judgements as a reward model: TRL's trainer with a soft prefix on an encoder.
 
@@ -102,7 +123,7 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         args: RewardModelConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
@@ -114,16 +135,20 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         peft_config = peft_config or PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=20)
         if not isinstance(peft_config, PrefixTuningConfig) or peft_config.task_type != TaskType.SEQ_CLS:
             raise InputError(f"peft_config must be a PrefixTuningConfig of task SEQ_CLS, got {peft_config!r}")
-        if train_dataset is None:
-            raise InputError("train_dataset is missing: give it judgements, load_preferences reads them")
-        if args.eval_strategy != "no" and eval_dataset is None:
-            raise InputError(f"eval_strategy is {args.eval_strategy.value}, but there is no eval_dataset: give it one")
+        check_pairs(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_pairs(eval_dataset, "eval_dataset")
         virtual = peft_config.num_virtual_tokens
         set_seed(args.seed)
-        if isinstance(model, str):
-            source, tokenizer, max_tokens = open_encoder(model, virtual, args.max_tokens)
+        if isinstance(model, (str, Path)):
+            if processing_class is not None:
+                raise InputError("processing_class is for a model that is loaded already: leave it out")
+            source, tokenizer, max_tokens = open_encoder(str(model), virtual, args.max_tokens)
             base = load_encoder(source)
         else:
+            if not isinstance(model, BertForSequenceClassification) or model.config.num_labels != 1:
+                got = type(model).__name__
+                raise InputError(f"model must be a name or a BertForSequenceClassification of one label, got a {got}")
             base, tokenizer = model, processing_class or load_tokenizer(model.name_or_path)
             check_encoder(base.config, tokenizer, base.name_or_path)
             max_tokens = max_text_tokens(base.config, tokenizer, virtual, args.max_tokens)
@@ -143,6 +168,14 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
             callbacks=[PrefixGradientCheck(), *(callbacks or []), LogBeforeSaving()],
         )
         self.adapter = self.reward_model = RewardModel(peft_model, tokenizer, max_tokens)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """TRL's metrics of `eval_dataset`, or of judgements that are given, as `train_dataset` is."""
+        if isinstance(eval_dataset, Dataset) and eval_dataset is not self.eval_dataset:
+            check_pairs(eval_dataset, "eval_dataset")
+            reward = self.reward_model
+            eval_dataset = tokenize_preferences(eval_dataset, reward.tokenizer, reward.max_tokens, Counter())
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def load_kept(self) -> None:
         """The best epoch's checkpoint, if epochs were evaluated."""

@@ -179,7 +179,7 @@ class GenerateArguments(RunArguments):
     def __post_init__(self):
         if self.max_completion_length < 1 or self.batch_size < 1:
             raise InputError("max_completion_length and batch_size must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0):  # NaN is neither
             raise InputError("expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
 
 

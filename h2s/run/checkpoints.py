@@ -35,6 +35,14 @@ class WholeCheckpoints(Trainer):
     adapter: SavedAdapter
 
     def __init__(self, *, args: TrainingArguments, **kwargs: Any):
+        if args.n_gpu > 1:
+            raise InputError(
+                f"one process sees {args.n_gpu} CUDA devices: start it with accelerate launch, or show it one by "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        if args.eval_strategy != IntervalStrategy.NO and kwargs.get("eval_dataset") is None:
+            asked = IntervalStrategy(args.eval_strategy).value
+            raise InputError(f"eval_strategy is {asked}, but there is no eval_dataset: give it one")
         args = copy.copy(args)  # the caller's own stay as they are
         self.pushes_at_end, args.push_to_hub = args.push_to_hub, False
         super().__init__(args=args, **kwargs)
@@ -52,7 +60,11 @@ class WholeCheckpoints(Trainer):
         Raises:
             InputError: there is no such checkpoint, or another number of processes wrote it.
         """
-        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint) if resume_from_checkpoint else None
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        elif any(Path(self.args.output_dir).glob("checkpoint-*")):
+            logger.warning("%s holds checkpoints of another run: choose another output_dir", self.args.output_dir)
         output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.load_kept()
         if self.pushes_at_end:
@@ -96,8 +108,11 @@ class WholeCheckpoints(Trainer):
         report: str = "",
         token: str | None = None,
         revision: str | None = None,
+        **kwargs: Any,
     ) -> str | None:
         """Upload adapter, tokenizer, `h2s.json` and a card with `report`, and nothing else of the run.
+
+        It always waits for the upload; what TRL's scripts hand over for TRL's card (`dataset_name`) is not used.
 
         Returns:
             The repository's URL; None on processes that do not push.
@@ -171,6 +186,8 @@ class WholeCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish_files(root / UNFINISHED_ADAPTER, root)
+                self.adapter.write_card(root)  # its example names the folder that it lies in
+        self.accelerator.wait_for_everyone()
 
     def check_finite(self, problem: str, *tensors: torch.Tensor) -> None:
         """End the run on every process if one of them holds what is no number, before a checkpoint can hold it.

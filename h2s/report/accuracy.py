@@ -225,7 +225,8 @@ def cross_validate(
             if is_main_process:
                 shutil.rmtree(where, ignore_errors=True)  # its checkpoints
                 where.mkdir(parents=True)
-                table.to_parquet(where / PAIRS)
+                table.to_parquet(where / f"unfinished-{PAIRS}")
+                (where / f"unfinished-{PAIRS}").rename(where / PAIRS)  # a kill leaves it whole or not there
             PartialState().wait_for_everyone()
         tables.append(pd.read_parquet(where / PAIRS))
         left = (time.time() - started) / number * (len(folds) - number) / 60

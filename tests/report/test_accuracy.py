@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -7,64 +8,81 @@ import pytest
 import torch
 from datasets import Dataset
 from matplotlib import image
+from tiny import COLUMNS, build_reward_model
 
-from h2s.data.datasets import load_preferences
+from h2s.data.datasets import read_judgements
+from h2s.data.messages import conversation_id
+from h2s.data.splits import folds_by_conversation
 from h2s.report.accuracy import (
     accuracy_line,
     accuracy_picture,
     accuracy_report,
     calibration,
+    cross_validate,
     expected_calibration_error,
     length_groups,
     log_loss,
     pair_table,
     right,
     sheet_report,
-    write_report,
+    write_accuracy,
 )
 from h2s.report.intervals import share_interval
 
 
 @pytest.fixture(scope="module")
-def preferences(sheet_file):
-    return load_preferences(str(sheet_file))
+def judgements(sheet_file):
+    return read_judgements(str(sheet_file))
 
 
 # The pair table
 
 
-def test_pair_table_by_hand():
+class Stub:
     """A score of its own for every text, so that sides and rows cannot be mixed up."""
 
-    class Stub:
-        def score(self, contexts, responses, progress=None):
-            assert all(context[0]["role"] == "user" for context in contexts)
-            return torch.tensor(
-                [float(len(c[0]["content"]) * len(r)) for c, r in zip(contexts, responses, strict=True)]
-            )
+    def __init__(self, factor=1.0):
+        self.factor = factor
 
-    rows = [("ab", "abc", "a", 0, "x", 7), ("a", "", "abcd", 1, "y", 3)]
+    def score(self, contexts, responses, progress=None):
+        assert all(context[0]["role"] == "user" for context in contexts)
+        rows = zip(contexts, responses, strict=True)
+        return torch.tensor([self.factor * len(c[0]["content"]) * len(r[0]["content"]) for c, r in rows])
+
+
+def test_pair_table_by_hand():
+    rows = [("ab", "abc", "a", 0, 7), ("a", "", "abcd", 1, 3)]
     test = Dataset.from_list(
         [
             {
                 "prompt": [{"role": "user", "content": context}],
-                "chosen": chosen,
-                "rejected": rejected,
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
                 "label": label,
-                "conversation": conversation,
                 "row": row,
             }
-            for context, chosen, rejected, label, conversation, row in rows
+            for context, chosen, rejected, label, row in rows
         ]
     )
     table = pair_table(Stub(), test)
     assert table.to_dict("list") == {
-        "conversation": ["x", "y"],
+        "conversation": [conversation_id(prompt) for prompt in test["prompt"]],
         "row": [7, 3],
         "label": [0, 1],
         "margin": [4.0, -4.0],
         "length_difference": [2, -4],
     }
+
+
+def test_pair_table_of_a_reward_model(bert_folder, judgements):
+    """Margins in double: a difference of two scores, each alone."""
+    reward = build_reward_model(bert_folder)
+    test = judgements.dataset.select(range(5))
+    margins = [
+        reward.score([row["prompt"]], [row["chosen"]]).item() - reward.score([row["prompt"]], [row["rejected"]]).item()
+        for row in test
+    ]
+    assert pair_table(reward, test)["margin"].tolist() == pytest.approx(margins, abs=1e-6)
 
 
 def logit(p):
@@ -177,9 +195,8 @@ def test_pairs_that_all_differ_by_the_same_length(table, tmp_path, lengths):
 
 
 def load_sheet(folder, rows):
-    columns = ["context_messages", "policy_response", "reference_response", "human_eval"]
-    pd.DataFrame(rows, columns=columns).to_excel(folder / "sheet.xlsx", index=False)
-    return load_preferences(str(folder / "sheet.xlsx"))
+    pd.DataFrame(rows, columns=COLUMNS).to_excel(folder / "sheet.xlsx", index=False)
+    return read_judgements(str(folder / "sheet.xlsx"))
 
 
 def test_duplicates_and_contradictions(tmp_path):
@@ -225,11 +242,97 @@ def test_picture_is_a_png(table, tmp_path):
     assert all((part < 0.5).any() for part in np.array_split(pixels, 3, axis=1))  # each panel shows something
 
 
-def test_files_of_a_report(table, preferences, tmp_path):
-    text = write_report(table, "on these six", preferences, tmp_path)
-    assert text == accuracy_report(table, "on these six")
-    written = (tmp_path / "accuracy.md").read_text(encoding="utf-8")
-    for part in (text, preferences.summary(), sheet_report(preferences), "![](accuracy.png)"):
-        assert part in written
-    assert (tmp_path / "accuracy.png").is_file()
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "pairs.parquet"), table)
+def test_files_of_a_report(judgements, tmp_path):
+    """Of the pairs that the model never saw; or of the whole sheet, with those of the model beside it."""
+    test = judgements.dataset.select(range(30))
+    unseen, whole = pair_table(Stub(), test), pair_table(Stub(), judgements.dataset)
+    for name, given, table, what in (
+        ("one", (), unseen, "on conversations that it never saw"),
+        ("folds", (whole, 3), whole, "on all conversations, each by a model that never saw it (3 folds)"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        text = write_accuracy(Stub(), test, judgements, folder, *given)
+        tables = [accuracy_report(table, what)]
+        if given:
+            tables.append(accuracy_report(unseen, "on conversations that this model never saw"))
+        assert text == "\n\n".join(tables)
+        written = (folder / "accuracy.md").read_text(encoding="utf-8")
+        for part in (tables[0], judgements.summary(), sheet_report(judgements), "![](accuracy.png)"):
+            assert part in written
+        assert (folder / "accuracy.png").is_file()
+        pd.testing.assert_frame_equal(pd.read_parquet(folder / "pairs.parquet"), table)
+
+
+# Cross-validation
+
+
+@pytest.fixture
+def folds(judgements):
+    return folds_by_conversation(judgements.dataset, 4, 42)
+
+
+class Trainings:
+    """Makes a model of each fold, and leaves a checkpoint; ends at the given one."""
+
+    def __init__(self, ends_at=None):
+        self.trained, self.ends_at = [], ends_at
+
+    def __call__(self, parts, where):
+        (where / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        number = int(where.name)
+        if number == self.ends_at:
+            raise KeyboardInterrupt
+        self.trained.append(number)
+        return Stub()
+
+
+def test_every_pair_is_scored_by_the_model_of_its_fold(judgements, folds, tmp_path):
+    given = []
+
+    def train(parts, where):
+        given.append(parts)
+        return Stub(len(given))
+
+    table = cross_validate(train, folds, tmp_path, is_main_process=True)
+    assert given == folds and sorted(table["row"]) == sorted(judgements.dataset["row"])
+    expected = [pair_table(Stub(n), parts["test"]) for n, parts in enumerate(folds, start=1)]
+    pd.testing.assert_frame_equal(table, pd.concat(expected, ignore_index=True))
+
+
+def test_finished_folds_are_kept(folds, tmp_path):
+    """A run that ends in the third goes on with it, from its checkpoint; what is finished leaves its table alone."""
+    whole = cross_validate(Trainings(), folds, tmp_path / "whole", is_main_process=True)
+    folder, first, second = tmp_path / "broken", Trainings(ends_at=3), Trainings()
+    with pytest.raises(KeyboardInterrupt):
+        cross_validate(first, folds, folder, is_main_process=True)
+    assert (folder / "folds" / "3" / "checkpoint-1").is_dir()
+    table = cross_validate(second, folds, folder, is_main_process=True)
+    assert (first.trained, second.trained) == ([1, 2], [3, 4])
+    pd.testing.assert_frame_equal(table, whole)
+    assert sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()) == [
+        f"folds/{n}/pairs.parquet" for n in range(1, 5)
+    ]
+    assert not list(folder.rglob("checkpoint-*"))
+
+
+def test_table_that_was_being_written_is_not_a_finished_fold(folds, tmp_path, monkeypatch):
+    """A kill in the middle of it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.DataFrame, "to_parquet", lambda table, path: Path(path).write_bytes(b"PAR1") and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cross_validate(Trainings(), folds, tmp_path, is_main_process=True)
+    again = Trainings()
+    assert len(cross_validate(again, folds, tmp_path, is_main_process=True)) == sum(len(f["test"]) for f in folds)
+    assert again.trained == [1, 2, 3, 4]
+
+
+def test_other_processes_read_what_the_first_has_written(folds, tmp_path):
+    """They train with it, and write nothing."""
+    whole = cross_validate(Trainings(), folds, tmp_path, is_main_process=True)
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")}
+    table = cross_validate(Trainings(), folds, tmp_path, is_main_process=False)
+    pd.testing.assert_frame_equal(table, whole)
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")} == before
+    with pytest.raises(FileNotFoundError):
+        cross_validate(Trainings(), folds, tmp_path / "other", is_main_process=False)

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from tiny import sample_context
 
-from h2s.data.datasets import COLUMNS, load_preferences
+from h2s.data.datasets import COLUMNS, read_judgements
 from h2s.errors import InputError
 from h2s.report.blinded_sheet import INSTRUCTIONS, KEY, SHEET, check_fits_cells, people_verdict, write_blinded_sheet
 
@@ -150,13 +150,15 @@ def test_filled_sheet_is_read_and_the_better_side_is_chosen(replies, tmp_path):
     for row, label in enumerate(labels, start=2):
         book.active.cell(row, 4, label)
     book.save(tmp_path / "filled.xlsx")
-    preferences = load_preferences(str(tmp_path / "filled.xlsx"))
+    judgements = read_judgements(str(tmp_path / "filled.xlsx"))
+    assert judgements.counts[2] == judgements.counts[3] == 1
     kept = [i for i in range(len(replies)) if i not in (4, 5)]
-    assert preferences.counts[2] == preferences.counts[3] == 1
-    assert preferences.dataset["chosen"] == [replies["soft"][i] for i in kept]
-    assert preferences.dataset["rejected"] == [replies["hard"][i] for i in kept]
-    assert preferences.dataset["prompt"] == [replies["prompt"][i] for i in kept]
-    assert preferences.dataset["row"] == [i + 2 for i in kept]
+    for column, side in (("chosen", "soft"), ("rejected", "hard")):
+        assert [[m["content"] for m in reply] for reply in judgements.dataset[column]] == [
+            [replies[side][i]] for i in kept
+        ]
+    assert judgements.dataset["prompt"][:] == [replies["prompt"][i] for i in kept]
+    assert judgements.dataset["row"][:] == [i + 2 for i in kept]
 
 
 # What people said
@@ -391,7 +393,7 @@ def test_replies_that_no_cell_holds_come_back(tmp_path):
     # Ties alone are a verdict too, though nothing to learn from.
     assert "| tie or both good | 4 |" in people_verdict(str(tmp_path / SHEET))
     with pytest.raises(InputError, match="no row is labelled 0 or 1"):
-        load_preferences(str(tmp_path / SHEET))
+        read_judgements(str(tmp_path / SHEET))
 
 
 def test_context_that_no_cell_holds():

@@ -68,8 +68,12 @@ def test_the_value_loss_does_not_move_the_prefix(policy, model, prompts):
 @pytest.mark.parametrize("parts", [1, 4, 6])
 def test_scoring_in_parts_is_scoring_at_once(policy, model, prompts, parts):
     """The soft prefix as `forward` gives it, the hard prompt as text: with the prefix's tokens before the row."""
-    batch = batch_of(policy, prompts, COMPLETIONS)
+    batch, rows = batch_of(policy, prompts, COMPLETIONS), []
+    embeddings = policy.model.get_base_model().get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda module, args, output: rows.append(len(output)))
     scores = model.score(batch, parts)
+    hook.remove()
+    assert max(rows) == -(-BATCH // parts) and len(rows) == 2 * -(-BATCH // max(rows))
     with torch.no_grad():
         whole = model(batch.input_ids, batch.attention_mask, batch.completion_mask)
     for found, expected in zip((scores.logps, scores.entropy, scores.values), whole, strict=True):

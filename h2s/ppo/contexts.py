@@ -12,6 +12,7 @@ from h2s.ppo.config import SingleStepPPOConfig
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
 from h2s.report.comparison import metric_names
 from h2s.reward.functions import TAKEN_NAMES, RewardFunctions
+from h2s.run.checkpoints import check_one_device
 
 
 def check_run(
@@ -20,9 +21,10 @@ def check_run(
     """Check that this machine and this data can run these settings: before weights load.
 
     Raises:
-        InputError: a data set has the wrong columns, the contexts do not fill an iteration, or the first evaluation
-            would fail.
+        InputError: one process sees several CUDA devices, a data set has the wrong columns, the contexts do not fill
+            an iteration, or the first evaluation would fail.
     """
+    check_one_device(args)
     check_columns(train_dataset, "train_dataset")
     if eval_dataset is not None:
         check_columns(eval_dataset, "eval_dataset")

@@ -83,7 +83,9 @@ class RewardFunctions:
             raise InputError(f"reward_weights must hold one weight a reward, got {len(weights)} for {len(given)}")
         self.functions: list[Any] = [_checked(reward) for reward in given]
         self.names = [_name(function) for function in self.functions]
-        self.weights: torch.Tensor = torch.tensor([1.0] * len(given) if weights is None else weights, dtype=torch.float32)
+        self.weights: torch.Tensor = torch.tensor(
+            [1.0] * len(given) if weights is None else weights, dtype=torch.float32
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def load(self, device: str | torch.device | None = None) -> "RewardFunctions":

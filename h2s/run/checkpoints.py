@@ -35,11 +35,7 @@ class WholeCheckpoints(Trainer):
     adapter: SavedAdapter
 
     def __init__(self, *, args: TrainingArguments, **kwargs: Any):
-        if args.n_gpu > 1:
-            raise InputError(
-                f"one process sees {args.n_gpu} CUDA devices: start it with accelerate launch, or show it one by "
-                "CUDA_VISIBLE_DEVICES"
-            )
+        check_one_device(args)
         if args.eval_strategy != IntervalStrategy.NO and kwargs.get("eval_dataset") is None:
             asked = IntervalStrategy(args.eval_strategy).value
             raise InputError(f"eval_strategy is {asked}, but there is no eval_dataset: give it one")
@@ -198,6 +194,19 @@ class WholeCheckpoints(Trainer):
         finite = torch.stack([t.isfinite().all() for t in tensors]).all()
         if not self.accelerator.gather(finite.int().to(self.args.device)).all():
             raise RunError(problem)
+
+
+def check_one_device(args: TrainingArguments) -> None:
+    """Check that this process has one device: Trainer would split a batch over several by DataParallel.
+
+    Raises:
+        InputError: it sees several.
+    """
+    if args.n_gpu > 1:
+        raise InputError(
+            f"one process sees {args.n_gpu} CUDA devices: start it with accelerate launch, or show it one by "
+            "CUDA_VISIBLE_DEVICES"
+        )
 
 
 @contextmanager

@@ -4,10 +4,12 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from ppo.runs import EASY, EVERY_STEP, KEEP_ALL, Course, logged, not_ascii, prefix_of, root_of, saved_prefix, varied
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from h2s import InputError
 from h2s.ppo.policy import VALUE_HEAD_FILE
 from h2s.report.comparison import HARD_PROMPT_EVALUATION, metric_names, over_optimised
 
@@ -276,3 +278,14 @@ def test_what_selects_does_select(build):
         trainer.train()
         kept[asked] = kept_steps(trainer)
     assert kept == {None: [2], "reward_difference": [1]}
+
+
+def test_contexts_may_be_given_to_evaluate_and_compare(build):
+    """Also as text; without any it is said what is missing."""
+    trainer = build(eval_dataset=None)
+    texts = Dataset.from_dict({"prompt": ["walk number 1", "tea"]})
+    messages = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts["prompt"]]})
+    assert trainer.evaluate(texts) == trainer.evaluate(messages)
+    assert trainer.compare(texts)["soft"].tolist() == trainer.compare(messages)["soft"].tolist()
+    with pytest.raises(InputError, match="eval_dataset must be a datasets.Dataset with a column prompt, got NoneType"):
+        trainer.evaluate()

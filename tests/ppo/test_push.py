@@ -75,7 +75,7 @@ def test_a_trainer_pushes_when_told_to(build, hub):
     trainer = build(folder="kind-run", hub_private_repo=True, hub_token="secret", hub_revision="second")
     trainer.train()
     assert hub["uploads"] == []
-    url = trainer.push_to_hub("The second round", "It asks back more often.")
+    url = trainer.push_to_hub("The second round", "It asks back more often.", dataset_name="as TRL's scripts say it")
     assert url == "https://huggingface.co/me/kind-run"
     assert hub["repos"] == [("kind-run", True, "secret"), ("me/kind-run", "second")]
     ((repo, revision, message, files),) = hub["uploads"]
@@ -83,6 +83,12 @@ def test_a_trainer_pushes_when_told_to(build, hub):
     assert files.keys() == ADAPTER and "It asks back more often." in files["README.md"].decode()
     assert not any(b"secret" in content for content in files.values())
     assert not any(b"secret" in f.read_bytes() for f in root_of(trainer).rglob("*") if f.is_file())
+
+
+def test_the_kept_adapters_card_names_the_folder_that_it_lies_in(build):
+    trainer = build(folder="kind-run", eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert '.from_pretrained("kind-run")' in (root_of(trainer) / "README.md").read_text(encoding="utf-8")
 
 
 def test_create_model_card_writes_the_card_alone(build):

@@ -132,3 +132,10 @@ def test_a_run_that_goes_on_elsewhere_chooses_anew(build, said):
     assert again.state.best_global_step == 3
     best = saved_prefix(root_of(again) / "checkpoint-3")
     assert torch.equal(prefix_of(again), best) and torch.equal(saved_prefix(root_of(again)), best)
+
+
+def test_checkpoints_of_another_run_are_told_of(build, caplog):
+    for expected in (0, 1):
+        caplog.clear()
+        build(max_steps=1, save_strategy="steps", save_steps=1).train()
+        assert sum("holds checkpoints of another run" in line for line in caplog.messages) == expected

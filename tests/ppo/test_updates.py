@@ -261,13 +261,13 @@ def test_first_pass_has_ratio_one(build, settings):
     assert (logps - rollout.old_logps).sum(1).exp().sub(1).abs().max() > 1e-2
 
 
-def test_a_first_pass_that_is_not_one_is_said(build, capsys):
+def test_a_first_pass_that_is_not_one_is_said(build, caplog):
     """A hint at a scoring that is not what was sampled; float32's rounding is none."""
     trainer = build()
     trainer._check_first_pass(torch.tensor([1.0, 1.0005]), 1.0, True)
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
     trainer._check_first_pass(torch.tensor([1.0, 0.9]), 1.0, True)
-    assert capsys.readouterr().out == "warning: the first pass's ratio is 0.1 away from 1, more than 0.001\n"
+    assert caplog.messages == ["the first pass's ratio is 0.1 away from 1, more than 0.001"]
 
 
 def test_prefix_and_value_head_move_and_nothing_else(build):
@@ -453,3 +453,14 @@ def test_same_seed_gives_the_same_bytes(build):
         heads.append((root_of(trainer) / VALUE_HEAD_FILE).read_bytes())
     assert prefixes[0] == prefixes[1] != prefixes[2]
     assert heads[0] == heads[1] != heads[2]
+
+
+def test_a_gradient_norm_of_0_clips_nothing(build):
+    """As Trainer has it: the run is that of a norm no gradient reaches."""
+    prefixes = []
+    for norm in (0.0, 1e9):
+        trainer = build(folder=str(norm), max_grad_norm=norm, max_steps=1)
+        before = prefix_of(trainer)
+        trainer.train()
+        prefixes.append(prefix_of(trainer))
+    assert torch.equal(*prefixes) and not torch.equal(prefixes[0], before)

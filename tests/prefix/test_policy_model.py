@@ -314,3 +314,33 @@ def test_generate_response(talkative, stock, parts):
 def test_generate_response_needs_an_adapter_that_begins_with_the_assistant(policy):
     with pytest.raises(InputError, match="convert the prompt with an opening_user_message"):
         policy.generate_response("How was it?", turns("user"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"model": "PeftModel"}, "must be a name or a transformers model, got a PeftModelForCausalLM"),
+        ({"tokenizer": "nonsense"}, "tokenizer is for a model that is loaded already"),
+    ],
+)
+def test_what_no_policy_is_made_of(policy, gemma_folder, given, words):
+    given = {"model": gemma_folder, "hard_prompt": HARD_PROMPT} | given
+    if given["model"] == "PeftModel":
+        given["model"] = policy.model
+    with pytest.raises(InputError, match=words):
+        PrefixTuningPolicyModel.from_hard_prompt(**given)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "settings", "words"),
+    [
+        ("walk", {}, "a list of conversations, got a text: reply takes one"),
+        (["walk"], {"temperature": -1}, "temperature >= 0"),
+        (["walk"], {"top_p": 0}, "0 < top_p <= 1"),
+        (["walk"], {"top_k": -1}, "top_k >= 0"),
+        (["walk"], {"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
+    ],
+)
+def test_what_generate_refuses(policy, conversations, settings, words):
+    with pytest.raises(InputError, match=words):
+        policy.generate(conversations, **settings)

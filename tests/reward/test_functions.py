@@ -389,3 +389,10 @@ def test_error_inside_the_users_module_is_theirs_to_see(tmp_path):
     (tmp_path / "h2s_test_rewards_broken.py").write_text("words = 1 / 0\n")
     with pytest.raises(ZeroDivisionError):
         load_reward_function("h2s_test_rewards_broken.words")
+
+
+def test_rewards_keep_their_weights_unless_others_are_given():
+    once = RewardFunctions([lambda **_: [1.0], lambda **_: [2.0]], weights=[2.0, 3.0])
+    for weights, total in ((None, 2 * 1 + 3 * 2), ([1.0, 1.0], 1 + 2)):
+        again = RewardFunctions(once, weights)
+        assert again.total(again([[{"role": "user", "content": "a"}]], ["b"])).tolist() == [total]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PrefixTuningConfig, TaskType
 from safetensors.torch import load, load_file
@@ -134,8 +135,12 @@ def test_text_tokens_are_those_of_the_settings(build):
             {"peft_config": PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)},
             "must be a PrefixTuningConfig of task SEQ_CLS",
         ),
-        ({"eval_strategy": "steps", "eval_dataset": None}, "eval_strategy is steps, but there is no eval_dataset"),
-        ({"eval_strategy": "epoch", "eval_dataset": None}, "eval_strategy is epoch, but there is no eval_dataset"),
+        ({**EVERY_STEP, "eval_dataset": None}, "eval_strategy is steps, but there is no eval_dataset"),
+        ({"eval_strategy": "epoch"}, "save_strategy must be as eval_strategy, which is epoch, .*got no"),
+        ({**EVERY_STEP, "save_steps": 2}, "save_strategy must be as eval_strategy, .*with the same steps"),
+        ({"eval_dataset": {"a": None}}, "eval_dataset must be a datasets.Dataset .*got dict"),
+        ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, "columns prompt, chosen and rejected, got .*'text'"),
+        ({"processing_class": "nonsense"}, "processing_class is for a model that is loaded already"),
         ({"max_tokens": 125}, "max_tokens must lie between 5 and 124 .*got 125"),
         ({"max_tokens": 4}, "max_tokens must lie between 5 and 124 .*got 4"),
         ({"peft_config": prefix_of(200)}, "max_tokens must lie between"),
@@ -148,15 +153,29 @@ def test_what_is_refused(build, given, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_bert_is_refused(build, gemma_folder):
-    for model in (str(gemma_folder), load_base_model(str(gemma_folder))):
-        with pytest.raises(InputError, match="is a gemma3_text model: the reward model must be a BERT"):
+def test_what_is_no_bert_is_refused(build, gemma_folder, loud_bert):
+    with pytest.raises(InputError, match="is a gemma3_text model: the reward model must be a BERT"):
+        build(model=str(gemma_folder))
+    bert = BertForSequenceClassification.from_pretrained(loud_bert, num_labels=2)
+    for model in (load_base_model(str(gemma_folder)), bert, bert.bert, build().reward_model.model):
+        with pytest.raises(InputError, match=f"must be a name or a BertForSeq.*, got a {type(model).__name__}"):
             build(model=model)
 
 
 def test_judgements_are_needed(loud_bert, tmp_path):
-    with pytest.raises(InputError, match="train_dataset is missing: give it judgements"):
+    with pytest.raises(InputError, match="train_dataset must be .*got NoneType; load_preferences reads judgements"):
         RewardModelTrainer(loud_bert, RewardModelConfig(output_dir=str(tmp_path)))
+
+
+def test_judgements_may_be_given_to_evaluate(build, loud_bert, sheet_file):
+    """The loss by hand: ln(1 + exp(rejected - chosen)), a mean over pairs."""
+    trainer = build(model=Path(loud_bert))
+    pairs = load_preferences(str(sheet_file)).select(range(6, 12))
+    found = trainer.evaluate(pairs)["eval_loss"]
+    chosen, rejected = (trainer.reward_model.score(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected"))
+    assert found == pytest.approx(torch.log1p((rejected - chosen).exp()).mean().item(), abs=1e-5)
+    with pytest.raises(InputError, match="eval_dataset must be a datasets.Dataset with the columns prompt"):
+        trainer.evaluate(pairs.remove_columns("chosen"))
 
 
 def test_the_callers_settings_stay_as_they_were(loud_bert, sheet_file, tmp_path):

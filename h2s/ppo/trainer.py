@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl.models import unwrap_model_for_generation
@@ -163,16 +162,9 @@ class SingleStepPPOTrainer(WholeCheckpoints):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with two groups: the prefix and the value head, each with its own learning rate."""
-        args = self.args
-        self.optimizer = AdamW(
-            [
-                {"params": [soft_prefix(self.policy.model)], "lr": args.learning_rate},
-                {"params": list(self.model.value_head.parameters()), "lr": args.value_learning_rate},
-            ],
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-        )
+        head = list(self.model.value_head.parameters())
+        prefix = [soft_prefix(self.policy.model)]
+        self.optimizer = self.adamw((prefix, self.args.learning_rate), (head, self.args.value_learning_rate))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:

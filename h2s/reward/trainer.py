@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig, TaskType
-from torch.optim import AdamW
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     BertForSequenceClassification,
@@ -212,17 +211,8 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         return super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with two groups: the prefix, which wants large steps, and pooler and head, which do not.
-
-        By this method, since Trainer takes no optimizer from outside under FSDP.
-        """
-        args = self.args
+        """AdamW with two groups: the prefix, which wants large steps, and pooler and head, which do not."""
         prefix = soft_prefix(self.model)
         head = [p for p in self.model.parameters() if p.requires_grad and p is not prefix]
-        self.optimizer = AdamW(
-            [{"params": [prefix], "lr": args.learning_rate}, {"params": head, "lr": args.head_learning_rate}],
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-        )
+        self.optimizer = self.adamw(([prefix], self.args.learning_rate), (head, self.args.head_learning_rate))
         return self.optimizer

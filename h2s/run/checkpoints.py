@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.optim import AdamW
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
 
@@ -66,6 +67,19 @@ class WholeCheckpoints(Trainer):
         if self.pushes_at_end:
             self.push_to_hub()
         return output
+
+    def adamw(self, *groups: tuple[list[torch.nn.Parameter], float]) -> torch.optim.Optimizer:
+        """AdamW by the settings, on parameters with a learning rate of their own.
+
+        By `create_optimizer`, since Trainer takes no optimizer from outside under FSDP.
+        """
+        args = self.args
+        return AdamW(
+            [{"params": parameters, "lr": rate} for parameters, rate in groups],
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
 
     def load_kept(self) -> None:
         """Bring the model to the step that is kept. Each trainer knows where that lies."""
@@ -275,9 +289,7 @@ class LogBeforeSaving(TrainerCallback):
     """No log line spans a checkpoint: what it would be the mean of is in no checkpoint. To be the last callback."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        """A save after a step."""
+        """A save after a step, or after an epoch."""
         control.should_log |= control.should_save
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """A save after an epoch."""
-        control.should_log |= control.should_save
+    on_epoch_end = on_step_end

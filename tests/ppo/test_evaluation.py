@@ -287,5 +287,7 @@ def test_contexts_may_be_given_to_evaluate_and_compare(build):
     messages = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts["prompt"]]})
     assert trainer.evaluate(texts) == trainer.evaluate(messages)
     assert trainer.compare(texts)["soft"].tolist() == trainer.compare(messages)["soft"].tolist()
-    with pytest.raises(InputError, match="eval_dataset must be a datasets.Dataset with a column prompt, got NoneType"):
+    with pytest.raises(
+        InputError, match=r"eval_dataset must be a datasets\.Dataset with a column prompt, got NoneType"
+    ):
         trainer.evaluate()

@@ -20,16 +20,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import rewards_of_tests
 import torch
 from forks import recipe, run
 from killed_run import ending
 
 import h2s.ppo.trainer
+import h2s.prefix.policy_model
+import h2s.report.comparison
 import h2s.report.soft_vs_hard
-import h2s.reward.trainer
 import h2s.run.folder
-
-PPO, Reward = h2s.ppo.trainer.SingleStepPPOTrainer, h2s.reward.trainer.PrefixRewardTrainer
+from h2s import RewardModelTrainer, SingleStepPPOTrainer
+from h2s.ppo.iteration_log import IterationLog
+from h2s.reward.functions import RewardFunctions
 
 
 def strike(owner, name: str, effect: Callable, run_folder: Path) -> None:
@@ -71,7 +74,13 @@ def infinite(plain, *args, **kwargs):
 
 
 def no_number(plain, *args, **kwargs):
-    return [float("nan") for _ in plain(*args, **kwargs)]
+    return [math.nan for _ in plain(*args, **kwargs)]
+
+
+def scored_by_no_number(plain, scorer, *args):
+    """The scorer's function returns NaN; what a function returned None for is no fault."""
+    (function,) = scorer.functions
+    return plain(RewardFunctions(functools.partial(no_number, function)), *args)
 
 
 def endless_step(plain, trainer, loss, calls=itertools.count(1)):  # noqa: B008 (one count a process is meant)
@@ -83,25 +92,25 @@ def endless_step(plain, trainer, loss, calls=itertools.count(1)):  # noqa: B008 
 
 full_disk = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FAULTS: dict[str, tuple] = {
-    "full_disk_adapter": (h2s.ppo.trainer, "save_adapter", fails(full_disk)),
+    "full_disk_adapter": (h2s.prefix.policy_model, "save_adapter", fails(full_disk)),
     # As torch says it on a full disk.
     "full_disk_optimizer": (torch, "save", fails(RuntimeError("PytorchStreamWriter failed writing file data/0"))),
-    "full_disk_completions": (PPO, "_write_completions", fails(full_disk)),
+    "full_disk_completions": (IterationLog, "write_completions", fails(full_disk)),
     "unwritable": (Path, "rename", fails(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))),
-    "nan_reward": (h2s.ppo.trainer, "score_replies", no_number),
-    "nan_evaluation": (h2s.report.soft_vs_hard, "score_replies", no_number),
-    "reward_raises": (h2s.ppo.trainer, "score_replies", fails(KeyError("score"))),
+    "nan_reward": (rewards_of_tests, "length", no_number),
+    "nan_evaluation": (h2s.report.soft_vs_hard, "score_replies", scored_by_no_number),
+    "reward_raises": (rewards_of_tests, "length", fails(KeyError("score"))),
     "infinite_loss": (h2s.ppo.trainer, "policy_loss", infinite),
     "infinite_kl": (h2s.ppo.trainer, "kl_to_reference", infinite),
-    "endless_step": (PPO, "_apply", endless_step),
-    "infinite_pair_loss": (Reward, "compute_loss", infinite),
-    "ctrl_c": (PPO, "_apply", signals(signal.SIGINT)),
-    "ctrl_c_while_saving": (PPO, "_publish", signals(signal.SIGINT)),
-    "sigterm": (PPO, "_apply", signals(signal.SIGTERM)),
-    "sigterm_passed_on": (PPO, "_apply", signals(signal.SIGTERM, signal.SIGTERM)),
-    "sigterm_twice": (PPO, "_apply", signals(signal.SIGTERM, signal.SIGTERM, seconds=0.5)),
-    "sigterm_report": (h2s.report.soft_vs_hard, "sign_test_text", signals(signal.SIGTERM)),
-    "sigterm_pairs": (Reward, "training_step", signals(signal.SIGTERM)),
+    "endless_step": (SingleStepPPOTrainer, "_apply", endless_step),
+    "infinite_pair_loss": (RewardModelTrainer, "compute_loss", infinite),
+    "ctrl_c": (SingleStepPPOTrainer, "_apply", signals(signal.SIGINT)),
+    "ctrl_c_while_saving": (SingleStepPPOTrainer, "_publish", signals(signal.SIGINT)),
+    "sigterm": (SingleStepPPOTrainer, "_apply", signals(signal.SIGTERM)),
+    "sigterm_passed_on": (SingleStepPPOTrainer, "_apply", signals(signal.SIGTERM, signal.SIGTERM)),
+    "sigterm_twice": (SingleStepPPOTrainer, "_apply", signals(signal.SIGTERM, signal.SIGTERM, seconds=0.5)),
+    "sigterm_report": (h2s.report.comparison, "sign_test_text", signals(signal.SIGTERM)),
+    "sigterm_pairs": (RewardModelTrainer, "training_step", signals(signal.SIGTERM)),
 }
 
 

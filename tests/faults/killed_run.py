@@ -18,21 +18,24 @@ import torch
 from forks import recipe, run
 from safetensors.torch import load_file
 
+import h2s.ppo.iteration_log
 import h2s.ppo.trainer
+import h2s.prefix.policy_model
 import h2s.report.soft_vs_hard
+import h2s.reward.model
 import h2s.reward.trainer
 import h2s.run.checkpoints
 
 # Where a kill may fall: sampling, an update, the parts of an evaluation, and each file of a checkpoint or an adapter.
 MOMENTS = (
-    (h2s.ppo.trainer, "generate"),
-    (h2s.report.soft_vs_hard, "generate"),
+    (h2s.prefix.policy_model.PrefixTuningPolicyModel, "complete"),
     (h2s.report.soft_vs_hard, "completion_logps"),
     (h2s.ppo.trainer.SingleStepPPOTrainer, "_apply"),
-    (h2s.ppo.trainer, "save_adapter"),
-    (h2s.ppo.trainer.SingleStepPPOTrainer, "_write_completions"),
-    (h2s.reward.trainer.PrefixRewardTrainer, "training_step"),
-    (h2s.reward.trainer.PrefixRewardTrainer, "prediction_step"),
+    (h2s.prefix.policy_model, "save_adapter"),
+    (h2s.ppo.iteration_log.IterationLog, "write_completions"),
+    (h2s.reward.trainer.RewardModelTrainer, "training_step"),
+    (h2s.reward.trainer.RewardModelTrainer, "prediction_step"),
+    (h2s.reward.model.RewardModel, "_save_files"),
     (h2s.run.checkpoints.WholeCheckpoints, "_save_optimizer_and_scheduler"),
     (h2s.run.checkpoints.WholeCheckpoints, "_save_rng_state"),
     (h2s.run.checkpoints.WholeCheckpoints, "_publish"),

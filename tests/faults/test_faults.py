@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from faults.tiny_runs import start
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from tiny_runs import start
 
 pytestmark = pytest.mark.faults
 
@@ -15,8 +15,8 @@ POLICY = {
     "full_disk_optimizer": (1, "error: OSError: {run}/checkpoint-4 could not be written (PytorchStreamWriter", 2),
     "unwritable": (1, "error: OSError: {run}/checkpoint-4 could not be written ([Errno 13] Permission denied", 2),
     "full_disk_completions": (1, "error: OSError: [Errno 28] No space left", 2),
-    "nan_reward": (1, "error: the reward of a reply is not finite: [nan, ", 2),
-    "nan_evaluation": (1, "error: eval_reward_difference is nan: no adapter can be chosen by it", 2),
+    "nan_reward": (1, "error: the reward of a reply is not finite: [inf, ", 2),
+    "nan_evaluation": (1, "error: the reward of a reply is not finite; {run} holds", 2),
     "reward_raises": (1, "error: KeyError: 'score'", 2),
     "infinite_loss": (1, "error: the loss is ", 2),
     "infinite_kl": (1, "error: the KL to the hard prompt is not finite: lower learning_rate or raise kl_coef", 2),

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from tiny_runs import start
+from faults.tiny_runs import start
 
 pytestmark = pytest.mark.faults
 

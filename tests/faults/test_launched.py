@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
+from faults.tiny_runs import ENVIRONMENT
 from tiny import ROOT
-from tiny_runs import ENVIRONMENT
 
 pytestmark = pytest.mark.faults
 

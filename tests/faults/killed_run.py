@@ -2,8 +2,8 @@
 
     python killed_run.py RECIPE PROCESSES POINTS FOLDER FLAG…
 
-The moments are counted events: a call of one of `MOMENTS` by the first process, and all are killed at once. Prints a
-JSON line a kill point: where it fell and what differed.
+The moments are counted events: a call of one of the recipe's `MOMENTS` by the first process, and all are killed at
+once. Prints a JSON line a kill point: where it fell and what differed.
 """
 
 import functools
@@ -26,22 +26,32 @@ import h2s.reward.model
 import h2s.reward.trainer
 import h2s.run.checkpoints
 
-# Where a kill may fall: sampling, an update, the parts of an evaluation, and each file of a checkpoint or an adapter.
-MOMENTS = (
-    (h2s.prefix.policy_model.PrefixTuningPolicyModel, "complete"),
-    (h2s.report.soft_vs_hard, "completion_logps"),
-    (h2s.ppo.trainer.SingleStepPPOTrainer, "_apply"),
-    (h2s.prefix.policy_model, "save_adapter"),
-    (h2s.ppo.iteration_log.IterationLog, "write_completions"),
-    (h2s.reward.trainer.RewardModelTrainer, "training_step"),
-    (h2s.reward.trainer.RewardModelTrainer, "prediction_step"),
-    (h2s.reward.model.RewardModel, "_save_files"),
+# Where a kill may fall: each file of a checkpoint or an adapter, and
+SAVING = (
     (h2s.run.checkpoints.WholeCheckpoints, "_save_optimizer_and_scheduler"),
     (h2s.run.checkpoints.WholeCheckpoints, "_save_rng_state"),
     (h2s.run.checkpoints.WholeCheckpoints, "_publish"),
     (h2s.run.checkpoints, "_sync"),
     (h2s.run.checkpoints, "rotate_checkpoints"),
 )
+MOMENTS = {
+    # sampling, an update, the parts of an evaluation;
+    "train_policy": (
+        *SAVING,
+        (h2s.prefix.policy_model.PrefixTuningPolicyModel, "complete"),
+        (h2s.report.soft_vs_hard, "completion_logps"),
+        (h2s.ppo.trainer.SingleStepPPOTrainer, "_apply"),
+        (h2s.prefix.policy_model, "save_adapter"),
+        (h2s.ppo.iteration_log.IterationLog, "write_completions"),
+    ),
+    # a step, a batch of an evaluation.
+    "train_reward": (
+        *SAVING,
+        (h2s.reward.trainer.RewardModelTrainer, "training_step"),
+        (h2s.reward.trainer.RewardModelTrainer, "prediction_step"),
+        (h2s.reward.model.RewardModel, "_save_files"),
+    ),
+}
 # Not compared: the clock, and two of Trainer's and TRL's that count since the last start (the closing mean of the loss,
 # the tokens seen).
 NOT_COMPARED = ("_runtime", "_per_second", "train_loss", "num_tokens")
@@ -56,19 +66,19 @@ def counted(function, on_moment):
     return wrapped
 
 
-def count_moments(rank: int, report: int, kill_at: int | None = None) -> None:
-    """Write a byte to `report` at each moment of the first process, and kill all before the given one."""
+def count_moments(rank: int, recipe: str, report: int, kill_at: int | None = None) -> None:
+    """Write a line to `report` at each moment of the first process, and kill all before the given one."""
     seen = [0]
 
     def on_moment(name: str) -> None:
         seen[0] += 1
-        os.write(report, b".")
+        os.write(report, f"{name}\n".encode())
         if seen[0] == kill_at:
             print(f"killed before moment {kill_at}, {name}", flush=True)
             os.killpg(0, signal.SIGKILL)
 
     if rank == 0:
-        for owner, name in MOMENTS:
+        for owner, name in MOMENTS[recipe]:
             setattr(owner, name, counted(getattr(owner, name), on_moment))
 
 
@@ -115,26 +125,33 @@ def main() -> None:
     start, processes = recipe(name), int(processes)
     flags += ["--run_name", "run", "--disable_tqdm", "true", "--report_to", "none"]
 
-    def begin(label: str, *more: str, kill_at: int | None = None) -> tuple[list[int], int]:
-        """Exit codes and the number of moments of a run in the folder `label`."""
+    def begin(label: str, *more: str, kill_at: int | None = None) -> tuple[list[int], list[str]]:
+        """Exit codes and moments of a run in the folder `label`."""
         (out / label).mkdir(parents=True, exist_ok=True)
         reader, writer = os.pipe()
-        prepare = functools.partial(count_moments, report=writer, kill_at=kill_at)
+        prepare = functools.partial(count_moments, recipe=name, report=writer, kill_at=kill_at)
         codes = run(start, [*flags, "--output_dir", str(out / label), *more], out / f"{label}.log", processes, prepare)
         os.close(writer)
         with os.fdopen(reader) as moments:
-            return codes, len(moments.read())
+            return codes, moments.read().splitlines()
 
-    codes, total = begin("undisturbed")
+    codes, moments = begin("undisturbed")
     assert not any(codes), (out / "undisturbed.err").read_text()[-3000:]
     expected = ending(out / "undisturbed" / "run")
+    assert {n for _, n in MOMENTS[name]} == set(moments), "a name has moved, and no kill would fall there"
     assert sum("rng_state" in name and name.endswith(".pth") for name in expected) == processes
-    for point in sorted(random.Random(0).sample(range(1, total + 1), int(points))):
+    for point in sorted(random.Random(0).sample(range(1, len(moments) + 1), int(points))):
         label = f"killed-{point}"
         killed, _ = begin(label, kill_at=point)
         (where,) = [line for line in (out / f"{label}.log").read_text().splitlines() if line.startswith("killed")]
         resumed, _ = begin(label, "--resume_from_checkpoint", "true")
-        result = {"point": point, "of": total, "where": where.rsplit(" ", 1)[1], "killed": killed, "resumed": resumed}
+        result = {
+            "point": point,
+            "of": len(moments),
+            "where": where.rsplit(" ", 1)[1],
+            "killed": killed,
+            "resumed": resumed,
+        }
         if not any(resumed):
             found = ending(out / label / "run")
             result["differs"] = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))

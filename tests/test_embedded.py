@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny import ROOT
 
-from h2s.models import load_base_model, load_tokenizer, resolve_embedded
+from h2s import PrefixTuningPolicyModel
+from h2s.models import resolve_embedded
 from h2s.ppo.policy import PolicyWithValueHead
-from h2s.prefix.adapter import add_hard_prompt, prefix_from_hard_prompt
-from h2s.prefix.chat_template import ChatPrefix, encode_prompts
-from h2s.prefix.generation import Batch, Sampling, generate, stop_token_ids
+from h2s.prefix.chat_template import ChatPrefix
+from h2s.prefix.generation import Batch, Sampling
 
 pytestmark = pytest.mark.embedded
 SENTENCE = "You are a friendly person who likes to ask short questions about what people did today. "
@@ -86,23 +86,17 @@ def test_converted_prompt_is_the_hard_prompt_for_plain_peft(sentences, opening, 
 
 
 def test_first_pass_ratio_is_one_and_replies_end():
-    source = resolve_embedded("embedded:gemma-3-270m")
-    tokenizer = load_tokenizer(source)
-    from h2s.prefix.chat_template import chat_prefix, wrap_chat_template
-
-    prefix = chat_prefix(tokenizer, SENTENCE)
-    wrap_chat_template(tokenizer, prefix)
-    model = prefix_from_hard_prompt(load_base_model(source, dtype="float32"), prefix.token_ids)
-    add_hard_prompt(model, prefix.token_ids)
-    prompts = encode_prompts(tokenizer, prefix, CONTEXTS)
-    stops = stop_token_ids(model, tokenizer)
+    policy = PrefixTuningPolicyModel.from_hard_prompt("embedded:gemma-3-270m", SENTENCE, dtype="float32")
+    assert policy.difference_to_hard_prompt() < 1e-4
+    policy.add_hard_prompt()
+    prompts = policy.encode(CONTEXTS, 40)
     torch.manual_seed(0)
-    completions = generate(model, prompts, Sampling(40), stops, tokenizer.pad_token_id)
-    assert sum(c[-1] in stops for c in completions) >= 2  # the newline ends a turn of the transcript
-    batch = Batch.from_rows(prompts, completions, tokenizer.pad_token_id, model.device)
-    policy = PolicyWithValueHead(model)
-    scored = policy.score(batch, num_parts=3)  # a row at a time, unpadded
-    logps, _, _ = policy(batch.input_ids, batch.attention_mask, batch.completion_mask)  # ragged and padded
+    completions = policy.complete(prompts, Sampling(40))
+    assert sum(c[-1] in policy.stop_ids for c in completions) >= 2  # the newline ends a turn of the transcript
+    batch = Batch.from_rows(policy.tokenizer, prompts, completions, policy.model.device)
+    trained = PolicyWithValueHead(policy.model)
+    scored = trained.score(batch, num_parts=3)  # a row at a time, unpadded
+    logps, _, _ = trained(batch.input_ids, batch.attention_mask, batch.completion_mask)  # ragged and padded
     ratio = (logps.detach() - scored.logps).sum(1).exp()
     assert (ratio - 1).abs().max() < 1e-4
     assert (scored.logps - scored.ref_logps).abs().max() < 1e-3

@@ -219,7 +219,13 @@ def test_the_example_of_a_policy_answers_as_the_hard_prompt(gemma_folder, openin
 
 
 def test_the_example_of_a_reward_scores_as_the_reward(loud_bert, tmp_path):
-    reward = build_reward_model(loud_bert)
+    """Of an encoder that has no label of its own, as most have none: transformers would give it two."""
+    base = shutil.copytree(loud_bert, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    labels = {name: config.pop(name) for name in ("id2label", "label2id")}
+    assert labels["id2label"].keys() == {"0"}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    reward = build_reward_model(base)
     reward.save_pretrained(tmp_path / "judge")
     ((score,),) = run_example(tmp_path / "judge")
     assert score == pytest.approx(reward.score(["the context"], ["the response"]).item(), abs=1e-5)

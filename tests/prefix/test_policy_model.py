@@ -85,6 +85,8 @@ def move(policy):
 def test_a_name_and_a_loaded_model_give_the_same_prefix(talkative):
     named = from_hard_prompt(talkative, HARD_PROMPT, "start")
     model = AutoModelForCausalLM.from_pretrained(talkative, dtype=torch.float32).train()
+    for layer in model.get_decoder().layers:
+        layer.self_attn.attention_dropout = 0.9  # would be seen, if it were still training
     loaded = PrefixTuningPolicyModel.from_hard_prompt(model, HARD_PROMPT, "start")
     assert loaded.model.get_base_model() is model and not model.training
     assert torch.equal(soft_prefix(named.model), soft_prefix(loaded.model))
@@ -167,6 +169,14 @@ def test_a_seed_gives_the_same_replies_and_no_other_draws(policy):
     assert torch.equal(torch.get_rng_state(), before)
     assert draw(seed=5) != expected != draw()
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("likeliest", [{"top_k": 1}, {"top_p": 1e-6}], ids=repr)
+def test_top_k_and_top_p_reach_the_sampling(policy, likeliest):
+    conversations = [sample_context(i) for i in range(3)]
+    greedy = policy.generate(conversations, **GREEDY)
+    drawn = {"max_completion_length": NEW_TOKENS, "temperature": 5.0}
+    assert policy.generate(conversations, **drawn, **likeliest) == greedy != policy.generate(conversations, **drawn)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a recipe's sections may hold: a dataclass a section and stage. (TRL's and transformers' own fill `task`.)"""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -7,9 +8,9 @@ from typing import Any, Literal
 from h2s.errors import InputError
 
 
-def _data(help_text: str) -> Any:
-    """A field without which nothing runs: models and data have no default."""
-    return field(default=None, metadata={"help": help_text})
+def _setting(help_text: str, default: Any = None) -> Any:
+    """A field with its help. Models and data have no default."""
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
@@ -32,26 +33,37 @@ class Section:
 class HardPromptArguments(Section):
     """The model and the prompt that a prefix is made from."""
 
-    model_name_or_path: str | None = _data("Chat model: a folder, a Hub name or embedded:gemma-3-270m.")
-    model_revision: str | None = _data("Revision of the model on the Hub.")
-    dtype: Literal["auto", "bfloat16", "float32"] = field(
-        default="auto", metadata={"help": "Of the frozen model; auto is bfloat16 on CUDA, float32 elsewhere."}
+    model_name_or_path: str | None = _setting("Chat model: a folder, a Hub name or embedded:gemma-3-270m.")
+    model_revision: str | None = _setting("Revision of the model on the Hub.")
+    dtype: Literal["auto", "bfloat16", "float32"] = _setting(
+        "Of the frozen model; auto is bfloat16 on CUDA, float32 elsewhere.", "auto"
     )
-    attn_implementation: str | None = _data("Attention implementation, as transformers names them.")
-    hard_prompt: str | None = _data("The system prompt itself.")
-    hard_prompt_file: str | None = _data("A UTF-8 text file that holds the system prompt.")
-    opening_user_message: str | None = _data("A user message before conversations that begin with the assistant.")
-    chat_template_kwargs: dict | None = _data("Settings of the model's chat template, as a mapping in the YAML.")
+    attn_implementation: str | None = _setting("Attention implementation, as transformers names them.")
+    hard_prompt: str | None = _setting("The system prompt itself.")
+    hard_prompt_file: str | None = _setting("A UTF-8 text file that holds the system prompt.")
+    opening_user_message: str | None = _setting("A user message before conversations that begin with the assistant.")
+    chat_template_kwargs: dict | str | None = _setting("Settings of the model's chat template: a mapping, or JSON.")
+
+    def __post_init__(self):
+        if isinstance(self.chat_template_kwargs, str):  # a flag's
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except ValueError as error:
+                raise InputError(f"chat_template_kwargs must be a mapping as JSON: {error}") from error
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise InputError(f"chat_template_kwargs must be a mapping, got {self.chat_template_kwargs!r}")
 
 
 @dataclass
 class PolicyModelArguments(HardPromptArguments):
     """A hard prompt, or a prefix adapter made before; and the reward."""
 
-    prefix_adapter: str | None = _data("A prefix adapter to go on from; the reference stays its hard prompt.")
-    reward_adapter: str | None = _data("A reward adapter made by train_reward.py.")
-    reward_function: str | None = _data("In its place: a Python callable of TRL's signature, package.module.function.")
-    judge_adapter: str | None = _data("A second one, made from other conversations, that selects and reports.")
+    prefix_adapter: str | None = _setting("A prefix adapter to go on from; the reference stays its hard prompt.")
+    reward_adapter: str | None = _setting("A reward adapter made by train_reward.py.")
+    reward_function: str | None = _setting(
+        "In its place: a Python callable of TRL's signature, package.module.function."
+    )
+    judge_adapter: str | None = _setting("A second one, made from other conversations, that selects and reports.")
 
     def check_reward(self) -> None:
         """Check that one reward is named.
@@ -68,24 +80,24 @@ class PolicyModelArguments(HardPromptArguments):
 class RewardModelArguments(Section):
     """The encoder that learns the judgements."""
 
-    reward_model_name_or_path: str | None = _data("A BERT: a folder, a Hub name or embedded:minilm.")
-    num_virtual_tokens: int = field(default=20, metadata={"help": "Length of its soft prefix."})
-    max_tokens: int | None = field(default=None, metadata={"help": "Text tokens; positions minus virtual tokens."})
+    reward_model_name_or_path: str | None = _setting("A BERT: a folder, a Hub name or embedded:minilm.")
+    num_virtual_tokens: int = _setting("Length of its soft prefix.", 20)
+    max_tokens: int | None = _setting("Text tokens; positions minus virtual tokens.")
 
 
 @dataclass
 class AdapterArguments(Section):
     """A trained policy."""
 
-    policy_adapter: str | None = _data("A policy adapter made by convert_prompt.py or train_policy.py.")
+    policy_adapter: str | None = _setting("A policy adapter made by convert_prompt.py or train_policy.py.")
 
 
 @dataclass
 class CompareModelArguments(AdapterArguments):
     """A trained policy, and a reward model to score it."""
 
-    reward_adapter: str | None = _data("A reward adapter that scores both sides; none: no scores.")
-    judge_adapter: str | None = _data("A second one, that the policy was not trained on.")
+    reward_adapter: str | None = _setting("A reward adapter that scores both sides; none: no scores.")
+    judge_adapter: str | None = _setting("A second one, that the policy was not trained on.")
 
 
 @dataclass
@@ -97,29 +109,25 @@ class NoArguments:
 class DatasetArguments(Section):
     """The data and how it is split."""
 
-    path: str | None = _data("The file (xlsx, csv, json, jsonl, parquet) or Hub data set.")
-    test_size: float = field(default=0.2, metadata={"help": "Share of conversations reported on; half of it selects."})
-    split_seed: int = field(default=42, metadata={"help": "Seed of the split by conversation."})
+    path: str | None = _setting("The file (xlsx, csv, json, jsonl, parquet) or Hub data set.")
+    test_size: float = _setting("Share of conversations reported on; half of it selects.", 0.2)
+    split_seed: int = _setting("Seed of the split by conversation.", 42)
 
 
 @dataclass
 class RewardDatasetArguments(DatasetArguments):
     """The judgements, how they are split, and what is measured on them."""
 
-    folds: int | None = field(
-        default=None, metadata={"help": "Cross-validate over this many folds by conversation first (5, say)."}
-    )
-    judge_share: float | None = field(
-        default=None, metadata={"help": "Share of the conversations that a second model, the judge, gets (0.5, say)."}
-    )
+    folds: int | None = _setting("Cross-validate over this many folds by conversation first (5, say).")
+    judge_share: float | None = _setting("Share of the conversations that a second model, the judge, gets (0.5, say).")
 
 
 @dataclass
 class CompareDatasetArguments(DatasetArguments):
     """The contexts and which of them are compared; or a sheet that people have filled in."""
 
-    split: Literal["test", "all"] = field(default="test", metadata={"help": "The held-out part, or all contexts."})
-    judged: str | None = _data("A blinded sheet of this recipe's, filled in: report people's verdict, run nothing.")
+    split: Literal["test", "all"] = _setting("The held-out part, or all contexts.", "test")
+    judged: str | None = _setting("A blinded sheet of this recipe's, filled in: report people's verdict, run nothing.")
 
     def which_contexts(self, trained_on: dict[str, Any]) -> str:
         """What is compared, in words, and whether the prefix may have learnt from it.
@@ -141,40 +149,38 @@ class CompareDatasetArguments(DatasetArguments):
 class ConversationArguments:
     """What to reply to."""
 
-    conversation: str | None = field(
-        default=None, metadata={"help": "JSON or Python list of messages, or one user message; none: a chat."}
-    )
+    conversation: str | None = _setting("JSON or Python list of messages, or one user message; none: a chat.")
 
 
 @dataclass
 class RunArguments:
     """Where a run's files go."""
 
-    output_dir: str = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
-    run_name: str | None = field(default=None, metadata={"help": "The run's folder in it; a timestamp by default."})
-    seed: int = field(default=42, metadata={"help": "Seed."})
+    output_dir: str = _setting("Folder that holds the runs' folders.", "outputs")
+    run_name: str | None = _setting("The run's folder in it; a timestamp by default.")
+    seed: int = _setting("Seed.", 42)
 
 
 @dataclass
 class ConvertArguments(RunArguments):
     """Where the adapter goes."""
 
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the adapter at the end."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Repository on the Hub."})
-    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
-    hub_token: str | None = field(default=None, metadata={"help": "Token; that of `hf auth login` by default."})
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
+    push_to_hub: bool = _setting("Upload the adapter at the end.", False)
+    hub_model_id: str | None = _setting("Repository on the Hub.")
+    hub_private_repo: bool | None = _setting("Whether a new repository is private.")
+    hub_token: str | None = _setting("Token; that of `hf auth login` by default.")
+    hub_revision: str | None = _setting("Branch to push to.")
 
 
 @dataclass
 class GenerateArguments(RunArguments):
     """How replies are drawn."""
 
-    max_completion_length: int = field(default=128, metadata={"help": "Most tokens of a reply."})
-    temperature: float = field(default=0.7, metadata={"help": "0 is greedy."})
-    top_k: int = field(default=0, metadata={"help": "0 keeps the whole vocabulary."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus; 1 keeps the whole distribution."})
-    batch_size: int = field(default=16, metadata={"help": "Contexts at a time."})
+    max_completion_length: int = _setting("Most tokens of a reply.", 128)
+    temperature: float = _setting("0 is greedy.", 0.7)
+    top_k: int = _setting("0 keeps the whole vocabulary.", 0)
+    top_p: float = _setting("Nucleus; 1 keeps the whole distribution.", 1.0)
+    batch_size: int = _setting("Contexts at a time.", 16)
 
     def __post_init__(self):
         if self.max_completion_length < 1 or self.batch_size < 1:
@@ -187,9 +193,7 @@ class GenerateArguments(RunArguments):
 class CompareArguments(GenerateArguments):
     """How replies are drawn, and how many the hard prompt may choose from."""
 
-    best_of_n: int = field(
-        default=8, metadata={"help": "Replies of the hard prompt to draw for the best-of-n yardstick; 0: none."}
-    )
+    best_of_n: int = _setting("Replies of the hard prompt to draw for the best-of-n yardstick; 0: none.", 8)
 
     def __post_init__(self):
         super().__post_init__()

@@ -4,159 +4,128 @@ import errno
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-from datasets import Dataset
+import transformers
 from transformers import TrainingArguments
 
 import h2s.run.checkpoints
 from h2s.errors import InputError, RunError
-from h2s.run.arguments import RewardDatasetArguments, RewardModelArguments, RunArguments
-from h2s.run.checkpoints import LogBeforeSaving, WholeCheckpoints, checkpoint_to_resume
-from h2s.run.folder import create_run_folder, logger
-from h2s.run.recipe import write_recipe
+from h2s.run.checkpoints import ChooseAnewElsewhere, EvaluateLastStep, LogBeforeSaving
 
 
-def resuming(world_size: int = 1) -> SimpleNamespace:
-    return SimpleNamespace(resume_from_checkpoint=True, should_save=True, world_size=world_size, eval_on_start=True)
-
-
-def checkpoint(folder, processes: int = 1) -> None:
+def checkpoint(folder, processes: int = 1) -> Path:
     folder.mkdir(parents=True)
+    (folder / "trainer_state.json").touch()
     for rank in range(processes):
         (folder / f"rng_state_{rank}.pth").touch()
-
-
-@pytest.fixture
-def said(monkeypatch) -> list[str]:
-    lines: list[str] = []
-    monkeypatch.setattr(logger, "info", lambda text, *values, **kwargs: lines.append(text % values))
-    return lines
-
-
-def test_without_a_complete_checkpoint_a_run_starts_over_and_says_so(tmp_path, said):
-    checkpoint(tmp_path / "unfinished-checkpoint" / "checkpoint-8")
-    (tmp_path / "unfinished-adapter").mkdir()
-    assert checkpoint_to_resume(resuming(), tmp_path) is None
-    assert said == [f"no checkpoint in {tmp_path} yet: starting over"]
-    assert list(tmp_path.iterdir()) == []  # what was left is gone
-
-
-def test_the_newest_complete_checkpoint_is_gone_on_from(tmp_path, said):
-    # The judge's are another training's.
-    for folder in ("checkpoint-8", "checkpoint-16", "unfinished-checkpoint/checkpoint-24", "judge/checkpoint-32"):
-        checkpoint(tmp_path / folder)
-    args = resuming()
-    assert checkpoint_to_resume(args, tmp_path) == str(tmp_path / "checkpoint-16")
-    assert said == [f"going on from {tmp_path / 'checkpoint-16'}"]
-    assert not args.eval_on_start
-    args.resume_from_checkpoint = False
-    assert checkpoint_to_resume(args, tmp_path) is None
-
-
-@pytest.mark.parametrize(("wrote", "now"), [(1, 2), (2, 1)])
-def test_another_number_of_processes_is_refused(tmp_path, wrote, now):
-    checkpoint(tmp_path / "checkpoint-8", processes=wrote)
-    with pytest.raises(InputError, match=f"written by {wrote} processes, this run has {now}: start {wrote}"):
-        checkpoint_to_resume(resuming(now), tmp_path)
-
-
-def test_a_folder_that_exists_is_not_written_over(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "train.log").write_text("hours of work", encoding="utf-8")
-    with pytest.raises(InputError, match="run exists: choose another run_name, or go on with --resume_from_checkpoint"):
-        create_run_folder(str(tmp_path), "run")
-    assert create_run_folder(str(tmp_path), "run", resume=True) == tmp_path / "run"
-    assert (tmp_path / "run" / "train.log").read_text(encoding="utf-8") == "hours of work"
-
-
-@pytest.mark.parametrize(
-    ("key", "began", "now"),
-    [("split_seed", 7, 42), ("test_size", 0.2, 0.3), ("folds", 5, 4), ("judge_share", None, 0.5)],
-)
-def test_a_run_goes_on_with_the_split_that_it_began_with(tmp_path, key, began, now):
-    first = RewardDatasetArguments(path="sheet.xlsx", **{key: began})
-    create_run_folder(str(tmp_path), "run", True, first)  # it writes its recipe next
-    create_run_folder(str(tmp_path), "run", True, first)  # killed before it did
-    write_recipe(tmp_path / "run" / "recipe.yaml", RewardModelArguments(), first, RunArguments())
-    create_run_folder(str(tmp_path), "run", True, RewardDatasetArguments(path="moved/sheet.xlsx", **{key: began}))
-    with pytest.raises(InputError, match=f"run began with {key} {began}, this run has {now}: go on with"):
-        create_run_folder(str(tmp_path), "run", True, RewardDatasetArguments(path="sheet.xlsx", **{key: now}))
-
-
-@pytest.mark.parametrize("recipe", ["train_policy", "train_reward"])
-def test_going_on_with_another_split_is_refused(refused, tmp_path, recipe):
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "recipe.yaml").write_text("dataset: {split_seed: 9}", encoding="utf-8")
-    task = {"output_dir": str(tmp_path), "run_name": "begun", "resume_from_checkpoint": True}
-    assert "began with split_seed 9, this run has" in refused(recipe, task=task)
-    assert [f.name for f in (tmp_path / "begun").iterdir()] == ["recipe.yaml"]
-
-
-def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"the run's folder cannot be made .*: choose another output_dir"):
-        create_run_folder(str(tmp_path / "file"), "run")
-
-
-class Line(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.slope = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, x, labels=None):
-        return {"loss": ((self.slope * x - 1) ** 2).mean(), "logits": self.slope * x}
-
-
-class Scripted(WholeCheckpoints):
-    """Evaluations give the losses of a list."""
-
-    def evaluate(self, *args, **kwargs):
-        metrics = {"eval_loss": self.losses[self.state.global_step - 1]}
-        self.log(dict(metrics))
-        return metrics
-
-    def _save(self, output_dir=None, state_dict=None):
-        if self.args.should_save:
-            os.makedirs(output_dir, exist_ok=True)
-            torch.save(self.model.state_dict(), os.path.join(output_dir, "line.pt"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.model.load_state_dict(torch.load(os.path.join(resume_from_checkpoint, "line.pt"), weights_only=True))
-
-
-@pytest.fixture
-def build(tmp_path):
-    def make(losses=(3, 1, 2, 2, 2), limit: int | None = 1, **settings) -> Scripted:
-        args = TrainingArguments(
-            **{
-                "output_dir": str(tmp_path / "run"),
-                "max_steps": len(losses),
-                "per_device_train_batch_size": 1,
-                "eval_strategy": "steps",
-                "eval_steps": 1,
-                "save_steps": 1,
-                "save_total_limit": limit,
-                "metric_for_best_model": "loss",
-                "greater_is_better": False,
-                "report_to": "none",
-                "use_cpu": True,
-                "disable_tqdm": True,
-            }
-            | settings
-        )
-        rows = Dataset.from_dict({"x": [1.0, 2.0, 3.0]})
-        trainer = Scripted(model=Line(), args=args, train_dataset=rows, eval_dataset=rows)
-        trainer.losses = losses
-        return trainer
-
-    return make
+    return folder
 
 
 def names(folder) -> set[str]:
     return {f.name for f in folder.iterdir()}
+
+
+# Where a run goes on
+
+
+@pytest.fixture
+def goes_on_from(build, monkeypatch):
+    """What Trainer's own `train` is told to go on from."""
+    told = []
+    monkeypatch.setattr(
+        transformers.Trainer,
+        "train",
+        lambda self, resume_from_checkpoint, **kwargs: told.append(resume_from_checkpoint),
+    )
+
+    def run(asked, **settings):
+        trainer = build(**settings)
+        trainer.train(resume_from_checkpoint=asked)
+        return told.pop(), trainer
+
+    return run
+
+
+def test_without_a_complete_checkpoint_a_run_starts_over_and_says_so(goes_on_from, tmp_path, said):
+    run = tmp_path / "run"
+    checkpoint(run / "unfinished-checkpoint" / "checkpoint-8")
+    (run / "unfinished-adapter").mkdir()
+    assert goes_on_from(True)[0] is None
+    assert said == [f"no checkpoint in {run} yet: starting over"]
+    assert names(run) == set()  # what was left is gone
+
+
+@pytest.mark.parametrize("asked", [True, "checkpoint-8", "elsewhere/checkpoint-3"])
+def test_the_newest_complete_checkpoint_or_the_one_that_is_named(goes_on_from, tmp_path, said, asked):
+    run = tmp_path / "run"
+    # The judge's are another training's.
+    for name in ("checkpoint-8", "checkpoint-16", "unfinished-checkpoint/checkpoint-24", "judge/checkpoint-32"):
+        checkpoint(run / name)
+    checkpoint(run / "elsewhere" / "checkpoint-3")
+    expected = run / ("checkpoint-16" if asked is True else asked)
+    for form in [True] if asked is True else [expected, str(expected)]:
+        found, trainer = goes_on_from(form, eval_on_start=True)
+        assert found == str(expected)
+        assert said.pop() == f"resuming from {expected}"
+        assert not trainer.args.eval_on_start  # this is not the start
+
+
+@pytest.mark.parametrize("asked", [None, False])
+def test_a_run_that_is_to_start_starts(goes_on_from, tmp_path, said, asked):
+    assert goes_on_from(asked)[0] is None and said == []
+    checkpoint(tmp_path / "run" / "checkpoint-8")
+    found, trainer = goes_on_from(asked, eval_on_start=True)
+    assert found is None and trainer.args.eval_on_start
+    assert said == [f"{tmp_path / 'run'} holds checkpoints of another run: choose another output_dir"]
+
+
+@pytest.mark.parametrize("asked", ["none", "empty", "file", "run", "yes"])
+def test_what_is_no_checkpoint_is_refused(goes_on_from, tmp_path, asked):
+    """Also the run's own folder, which holds one."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    checkpoint(tmp_path / "run" / "checkpoint-8")
+    folder = asked if asked == "yes" else str(tmp_path / asked)
+    with pytest.raises(InputError, match=f"resume_from_checkpoint must be True or a checkpoint's folder, got {folder}"):
+        goes_on_from(folder)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("wrote", [0, 2, 3])
+def test_another_number_of_processes_is_refused(goes_on_from, tmp_path, wrote, by_name):
+    folder = checkpoint(tmp_path / "run" / "checkpoint-8", processes=wrote)
+    words = f"{folder} was written by {wrote} processes, this run has 1: start {wrote}"
+    with pytest.raises(InputError, match=words):
+        goes_on_from(str(folder) if by_name else True)
+
+
+@pytest.mark.parametrize("push", [False, True])
+def test_at_the_end_what_is_kept_is_loaded_and_then_pushed(build, push):
+    trainer = build(losses=(1,), push_to_hub=push, hub_model_id="me/line")
+    trainer.train()
+    assert trainer.done == (["kept", "pushed me/line"] if push else ["kept"])
+
+
+def test_the_callers_arguments_stay_as_they_are(build, monkeypatch):
+    """Trainer itself would push the whole folder, and delete by its own limit."""
+    given = []
+    plain = h2s.run.checkpoints.copy.copy
+    monkeypatch.setattr(h2s.run.checkpoints.copy, "copy", lambda args: (given.append(args), plain(args))[1])
+    trainer = build(push_to_hub=True, limit=3)
+    (args,) = [g for g in given if isinstance(g, TrainingArguments)]
+    assert (args.push_to_hub, args.save_total_limit) == (True, 3)
+    assert (trainer.args.push_to_hub, trainer.args.save_total_limit) == (False, None)
+
+
+def test_a_process_that_sees_several_devices_is_refused(build, monkeypatch):
+    """Trainer would spread a batch over them by DataParallel, which no prefix survives."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(InputError, match="one process sees 2 CUDA devices: start it with accelerate launch"):
+        build()
+
+
+# What is kept
 
 
 def test_rotation_keeps_the_newest_and_the_best(build, tmp_path):
@@ -199,7 +168,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(build, tmp_path, monkeypatch):
     assert names(tmp_path / "run") == {"checkpoint-1", "unfinished-checkpoint"}
     monkeypatch.undo()
     again = build(losses=(2, 1, 1))
-    again.train(resume_from_checkpoint=checkpoint_to_resume(resuming(), tmp_path / "run"))
+    again.train(resume_from_checkpoint=True)
     assert names(tmp_path / "run") == {"checkpoint-2", "checkpoint-3"}
 
 
@@ -213,8 +182,7 @@ def test_a_finished_run_that_is_resumed_makes_no_further_step(build, tmp_path):
 
 
 def test_no_log_line_spans_a_checkpoint(build):
-    trainer = build(losses=[1] * 5, logging_steps=2, save_steps=3, eval_strategy="no", max_grad_norm=0.0)
-    trainer.add_callback(LogBeforeSaving())
+    trainer = build(losses=[1] * 5, logging_steps=2, save_steps=3, eval_strategy="no", callbacks=[LogBeforeSaving()])
     trainer.train()
     assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [2, 3, 4, 5]
 
@@ -237,3 +205,46 @@ def test_the_disk_holds_a_checkpoint_before_its_name_says_so(build, tmp_path, mo
     at = done.index("renamed")
     assert set(done[:at]) == names(tmp_path / "run" / "checkpoint-1") | {"checkpoint-1"}
     assert done[at + 1 :] == ["run"]
+
+
+@pytest.mark.parametrize(("greater", "values"), [(False, [3, 1, 1, 2, 0.5]), (True, [3, 5, 5, 4, 6])])
+def test_best_is_what_beats_all_before_it(build, greater, values):
+    trainer = build(greater_is_better=greater)
+    found = []
+    for value in values:
+        found.append(trainer.is_best({"eval_loss": value}))
+        if found[-1]:
+            trainer.state.best_metric = value
+    assert found == [True, True, False, False, True]
+
+
+def test_the_best_replaces_what_lies_at_the_runs_root(build, tmp_path):
+    run = tmp_path / "run"
+    trainer = build()
+    run.mkdir(exist_ok=True)
+    for name in ("line.pt", "train.log"):
+        (run / name).write_text("before", encoding="utf-8")
+    trainer.save_best()
+    assert names(run) == {"line.pt", "train.log", "README.md"}
+    assert (run / "train.log").read_text(encoding="utf-8") == "before"
+    assert (run / "line.pt").read_bytes() != b"before"
+
+
+@pytest.mark.parametrize(("strategy", "at"), [("steps", [2, 4, 5]), ("no", [])])
+def test_the_last_step_is_evaluated(build, strategy, at):
+    trainer = build(eval_steps=2, eval_strategy=strategy, save_strategy="no", callbacks=[EvaluateLastStep()])
+    trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == at
+
+
+@pytest.mark.parametrize("adapter_lies_there", [True, False])
+def test_a_run_that_goes_on_elsewhere_chooses_anew(build, tmp_path, said, adapter_lies_there):
+    trainer = build()
+    if adapter_lies_there:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "adapter_model.safetensors").touch()
+    trainer.state.best_metric, trainer.state.best_global_step, trainer.state.best_model_checkpoint = 0.5, 2, "x"
+    ChooseAnewElsewhere().on_train_begin(trainer.args, trainer.state, None)
+    best = trainer.state.best_metric, trainer.state.best_global_step, trainer.state.best_model_checkpoint
+    assert best == ((0.5, 2, "x") if adapter_lies_there else (None, None, None))
+    assert len(said) == (not adapter_lies_there)

@@ -1,12 +1,13 @@
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 import yaml
 
 from h2s.errors import InputError
 from h2s.ppo.config import SingleStepPPOConfig
-from h2s.reward.config import RewardModelConfig
+from h2s.reward.config import TaskArguments
 from h2s.run.arguments import (
     CompareDatasetArguments,
     CompareModelArguments,
@@ -16,13 +17,14 @@ from h2s.run.arguments import (
     HardPromptArguments,
     NoArguments,
     PolicyModelArguments,
+    RewardDatasetArguments,
     RewardModelArguments,
-    read_hard_prompt,
+    RunArguments,
 )
-from h2s.run.recipe import parse_recipe, write_recipe
+from h2s.run.recipe import parse_recipe, read_saved_section, split_mismatch, write_recipe
 
 POLICY = (PolicyModelArguments, DatasetArguments, SingleStepPPOConfig)
-REWARD = (RewardModelArguments, DatasetArguments, RewardModelConfig)
+REWARD = (RewardModelArguments, RewardDatasetArguments, TaskArguments)
 COMPARE = (CompareModelArguments, CompareDatasetArguments, GenerateArguments)
 CONVERT = (HardPromptArguments, NoArguments, ConvertArguments)
 
@@ -119,14 +121,8 @@ def test_values(parse, key, text, value):
     assert getattr(parse(POLICY, f"task:\n  {key}: {text}\n")[2], key) == value
 
 
-@dataclasses.dataclass
-class Weights:
-    reward_weights: list[float] | None = None
-
-
 def test_numbers_in_a_list(parse):
-    classes = (PolicyModelArguments, DatasetArguments, Weights)
-    weights = parse(classes, "task: {reward_weights: [1, 0.5, 1e-3, -2e-3]}")[2].reward_weights
+    weights = parse(POLICY, "task: {reward_weights: [1, 0.5, 1e-3, -2e-3]}")[2].reward_weights
     assert weights == [1, 0.5, 0.001, -0.002]
     for wrong, words in (
         ("[1, true]", "must be float, got bool True"),
@@ -135,7 +131,7 @@ def test_numbers_in_a_list(parse):
         ("1", "must be list, got int 1"),
     ):
         with pytest.raises(InputError, match=rf"recipe\.yaml, section task: .*reward_weights.*{words}$"):
-            parse(classes, f"task: {{reward_weights: {wrong}}}")
+            parse(POLICY, f"task: {{reward_weights: {wrong}}}")
 
 
 def test_defaults_of_a_recipe(tmp_path):
@@ -282,7 +278,7 @@ def test_paths_are_looked_for_beside_the_recipe_first(tmp_path, monkeypatch):
     model, dataset, task = parse_recipe(*POLICY, ["--config", "../recipes/recipe.yaml"])
     assert (here / dataset.path).samefile(recipe_folder / "both.json")
     assert (here / model.reward_adapter).samefile(recipe_folder / "reward")
-    assert read_hard_prompt(model) == "Be kind."
+    assert (here / model.hard_prompt_file).samefile(recipe_folder / "prompt.txt")
     # Not beside the recipe: as it stands, from the current folder. What is written never goes beside the recipe.
     assert model.model_name_or_path == "gemma"
     assert task.output_dir == "reward"
@@ -294,33 +290,6 @@ def test_absolute_paths_and_hub_names_stay(parse, tmp_path):
     text = f"model: {{model_name_or_path: owner/name, reward_adapter: {tmp_path}}}\ndataset: {{path: owner/data}}"
     model, dataset, _ = parse(POLICY, text)
     assert (model.model_name_or_path, model.reward_adapter, dataset.path) == ("owner/name", str(tmp_path), "owner/data")
-
-
-# The prompt
-
-
-def test_hard_prompt_file_of_a_windows_program(tmp_path):
-    file = tmp_path / "prompt.txt"
-    file.write_bytes(b"\xef\xbb\xbfBe kind,\r\nplease.\r\n")
-    assert read_hard_prompt(HardPromptArguments(hard_prompt_file=str(file))) == "Be kind,\nplease."
-
-
-def test_hard_prompt_is_taken_as_it_is():
-    assert read_hard_prompt(HardPromptArguments(hard_prompt=" Be {kind}.\n")) == " Be {kind}.\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({}, "expected one of hard_prompt and hard_prompt_file, got none"),
-        ({"hard_prompt": "a", "hard_prompt_file": "b"}, "expected one of hard_prompt and hard_prompt_file, got both"),
-        ({"hard_prompt": " "}, "the hard prompt is empty"),
-        ({"hard_prompt_file": "no/such/file"}, "hard_prompt_file cannot be read"),
-    ],
-)
-def test_hard_prompt_errors(arguments, words):
-    with pytest.raises(InputError, match=words):
-        read_hard_prompt(HardPromptArguments(**arguments))
 
 
 # What was run
@@ -339,6 +308,7 @@ def settings(values):
             ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--warmup_steps", "3"],
         ),
         (POLICY, ["--ratio_norm", "mean", "--eval_strategy", "no", "--report_to", "none", "--run_name", "2024"]),
+        (POLICY, ["--chat_template_kwargs", '{"enable_thinking": false}', "--reward_weights", "0.5"]),
         (POLICY, ["--accelerator_config", '{"split_batches": true}', "--debug", "underflow_overflow"]),
         (POLICY, ["--activation_checkpointing_kwargs", '{"use_reentrant": false}', "--include_for_metrics", "inputs"]),
         (POLICY, ["--target_kl", "null", "--adam_epsilon", "1e-07", "--learning_rate", "1e-05", "--optim", "sgd"]),
@@ -352,10 +322,11 @@ def settings(values):
     ],
 )
 def test_what_was_run_can_be_run_again(classes, flags, tmp_path):
-    first = parse_recipe(*classes, flags)
+    defaults = {"eval_strategy": "steps"} if classes is POLICY else {}
+    first = parse_recipe(*classes, flags, **defaults)
     file = tmp_path / "recipe.yaml"
-    write_recipe(file, *first)
-    second = parse_recipe(*classes, ["--config", str(file)])
+    write_recipe(file, *first, **defaults)
+    second = parse_recipe(*classes, ["--config", str(file)], **defaults)
     assert [settings(s) for s in first] == [settings(s) for s in second]
     # Every flag is told, though some value may be its default.
     text = file.read_text(encoding="utf-8")
@@ -376,3 +347,43 @@ def test_defaults_are_not_written(tmp_path):
     write_recipe(tmp_path / "recipe.yaml", *parse_recipe(*COMPARE, ["--temperature", "0.7", "--top_k", "5"]))
     content = yaml.safe_load((tmp_path / "recipe.yaml").read_text(encoding="utf-8"))
     assert content == {"model": {}, "dataset": {}, "task": {"top_k": 5}}
+
+
+def test_a_saved_section(tmp_path):
+    """Of a recipe that a run wrote, or of none."""
+    file = tmp_path / "recipe.yaml"
+    assert read_saved_section(file, "dataset") == {}
+    file.write_text("dataset: {split_seed: 9}\nmodel:\n", encoding="utf-8")
+    assert read_saved_section(file, "dataset") == {"split_seed": 9}
+    assert read_saved_section(file, "model") == read_saved_section(file, "task") == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "began", "now"),
+    [
+        ("split_seed", 7, 42),
+        ("test_size", 0.2, 0.3),
+        ("test_size", 0.3, 0.2),
+        ("folds", 5, 4),
+        ("judge_share", None, 0.5),
+    ],
+)
+def test_another_split_than_the_runs(tmp_path, key, began, now):
+    file = tmp_path / "run" / "recipe.yaml"
+    first = RewardDatasetArguments(path="sheet.xlsx", **{key: began})
+    assert split_mismatch(file, first) is None  # killed before it wrote its recipe
+    file.parent.mkdir()
+    write_recipe(file, RewardModelArguments(), first, RunArguments())
+    assert split_mismatch(file, RewardDatasetArguments(path="moved/sheet.xlsx", **{key: began})) is None
+    words = f"{file.parent} began with {key} {began}, this run has {now}: go on with the former, or choose another"
+    assert words in split_mismatch(file, RewardDatasetArguments(path="sheet.xlsx", **{key: now}))
+
+
+def test_a_kill_leaves_a_whole_recipe(tmp_path, monkeypatch):
+    """It is written aside and renamed."""
+    file = tmp_path / "recipe.yaml"
+    write_recipe(file, *parse_recipe(*COMPARE, ["--top_k", "5"]))
+    monkeypatch.setattr(Path, "replace", lambda *args: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        write_recipe(file, *parse_recipe(*COMPARE, ["--top_k", "6"]))
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))["task"] == {"top_k": 5}

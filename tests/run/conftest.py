@@ -1,0 +1,89 @@
+"""A trainer of one number, whose evaluations are scripted."""
+
+import logging
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from h2s.run.checkpoints import WholeCheckpoints
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, labels=None):
+        return {"loss": ((self.slope * x - 1) ** 2).mean(), "logits": self.slope * x}
+
+
+class Scripted(WholeCheckpoints):
+    """Evaluations give the losses of a list; `done` lists what is asked of it at the end."""
+
+    def __init__(self, losses=(), **kwargs):
+        super().__init__(**kwargs)
+        self.losses, self.done = losses, []
+        self.adapter = SimpleNamespace(
+            write_card=lambda folder: (folder / "README.md").write_text("card", encoding="utf-8"),
+            push_to_hub=lambda repo, report, **kwargs: self.done.append(f"pushed {repo}"),
+        )
+
+    def load_kept(self):
+        self.done.append("kept")
+
+    def evaluate(self, *args, **kwargs):
+        metrics = {"eval_loss": self.losses[self.state.global_step - 1]}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            torch.save(self.model.state_dict(), os.path.join(output_dir, "line.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self.model.load_state_dict(torch.load(os.path.join(resume_from_checkpoint, "line.pt"), weights_only=True))
+
+
+@pytest.fixture
+def build(tmp_path):
+    def make(losses=(3, 1, 2, 2, 2), limit: int | None = 1, callbacks=None, **settings) -> Scripted:
+        args = TrainingArguments(
+            **{
+                "output_dir": str(tmp_path / "run"),
+                "max_steps": len(losses),
+                "per_device_train_batch_size": 1,
+                "eval_strategy": "steps",
+                "eval_steps": 1,
+                "save_steps": 1,
+                "save_total_limit": limit,
+                "metric_for_best_model": "loss",
+                "greater_is_better": False,
+                "report_to": "none",
+                "use_cpu": True,
+                "disable_tqdm": True,
+            }
+            | settings
+        )
+        rows = Dataset.from_dict({"x": [1.0, 2.0, 3.0]})
+        return Scripted(losses, model=Line(), args=args, train_dataset=rows, eval_dataset=rows, callbacks=callbacks)
+
+    return make
+
+
+@pytest.fixture
+def said():
+    """What h2s logs."""
+    lines, logger = [], logging.getLogger("h2s")
+    handler, level = logging.Handler(), logger.level
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)

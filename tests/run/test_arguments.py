@@ -1,0 +1,119 @@
+import re
+
+import pytest
+
+from h2s.errors import InputError
+from h2s.run.arguments import (
+    CompareArguments,
+    CompareDatasetArguments,
+    DatasetArguments,
+    GenerateArguments,
+    HardPromptArguments,
+    PolicyModelArguments,
+    read_hard_prompt,
+)
+
+
+def test_hard_prompt_file_of_a_windows_program(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfBe kind,\r\nplease.\r\n")
+    assert read_hard_prompt(HardPromptArguments(hard_prompt_file=str(file))) == "Be kind,\nplease."
+
+
+def test_hard_prompt_is_taken_as_it_is():
+    assert read_hard_prompt(HardPromptArguments(hard_prompt=" Be {kind}.\n")) == " Be {kind}.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "expected one of hard_prompt and hard_prompt_file, got none"),
+        ({"hard_prompt": "a", "hard_prompt_file": "b"}, "expected one of hard_prompt and hard_prompt_file, got both"),
+        ({"hard_prompt": "", "hard_prompt_file": "b"}, "got both"),
+        ({"hard_prompt": ""}, "the hard prompt is empty"),
+        ({"hard_prompt": " \n"}, "the hard prompt is empty"),
+        ({"hard_prompt_file": "empty.txt"}, "the hard prompt is empty"),
+        ({"hard_prompt_file": "no/such/file"}, "hard_prompt_file cannot be read: .*no/such/file"),
+        ({"hard_prompt_file": "."}, "hard_prompt_file cannot be read"),
+        ({"hard_prompt_file": "a\0b"}, "hard_prompt_file cannot be read"),
+        ({"hard_prompt_file": "Be kind. " * 600}, "hard_prompt_file cannot be read"),
+        ({"hard_prompt_file": "latin.txt"}, "hard_prompt_file cannot be read: .*utf-8"),
+    ],
+)
+def test_hard_prompts_that_are_none(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(InputError, match=words):
+        read_hard_prompt(HardPromptArguments(**arguments))
+
+
+def test_require():
+    assert DatasetArguments(path="a.json").require("path", "dataset") == "a.json"
+    for missing in (None, ""):
+        with pytest.raises(InputError, match=r"^path is missing: set it in section dataset .* or with --path"):
+            DatasetArguments(path=missing).require("path", "dataset")
+
+
+@pytest.mark.parametrize("adapter", [None, "outputs/reward"])
+@pytest.mark.parametrize("function", [None, "my_rewards.length"])
+def test_one_reward(adapter, function):
+    arguments = PolicyModelArguments(reward_adapter=adapter, reward_function=function)
+    if (adapter is None) != (function is None):
+        arguments.check_reward()
+        return
+    given = "both" if adapter else "none"
+    words = f"expected one of reward_adapter and reward_function in section model, got {given}"
+    with pytest.raises(InputError, match=words):
+        arguments.check_reward()
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "chosen", "words"),
+    [
+        ({"path": "x"}, {}, "The contexts are the test part by test_size 0.2 and split_seed 42."),
+        ({"path": "x", "test_size": 0.3}, {"test_size": 0.3}, "the test part by test_size 0.3 and split_seed 42."),
+        (
+            {"path": "x", "test_size": 0.3},
+            {},
+            "split_seed 42. The prefix was trained by test_size 0.3 and split_seed 42: some may have trained it.",
+        ),
+        (
+            {"path": "x"},
+            {"split_seed": 1},
+            "split_seed 1. The prefix was trained by test_size 0.2 and split_seed 42: some may have trained it.",
+        ),
+        ({}, {"split_seed": 1}, "by test_size 0.2 and split_seed 1."),  # converted, not trained; or not known
+        ({"path": "x"}, {"split": "all"}, "The contexts are all of the file: some may have trained the prefix."),
+    ],
+)
+def test_which_contexts_are_compared(trained_on, chosen, words):
+    assert re.search(re.escape(words) + "$", CompareDatasetArguments(**chosen).which_contexts(trained_on))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -1}, "expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0"),
+        ({"temperature": float("nan")}, "expected temperature >= 0"),
+        ({"top_p": 0}, "0 < top_p <= 1"),
+        ({"top_p": 1.1}, "0 < top_p <= 1"),
+        ({"top_k": -1}, "top_k >= 0"),
+        ({"batch_size": 0}, "max_completion_length and batch_size must be at least 1"),
+        ({"max_completion_length": 0}, "max_completion_length and batch_size must be at least 1"),
+        ({"best_of_n": 1}, "best_of_n must be 0 or at least 2, got 1"),
+        ({"best_of_n": -2}, "best_of_n must be 0 or at least 2, got -2"),
+    ],
+)
+def test_sampling_that_is_none(settings, words):
+    """Of generate.py and, where it has the setting, of compare.py."""
+    for arguments in (GenerateArguments, CompareArguments):
+        if set(settings) <= set(arguments.__dataclass_fields__):
+            with pytest.raises(InputError, match=words):
+                arguments(**settings)
+
+
+def test_sampling_at_its_limits():
+    limits = {"temperature": 0, "top_p": 1, "top_k": 0, "batch_size": 1, "max_completion_length": 1}
+    for number in (0, 2):
+        assert CompareArguments(**limits, best_of_n=number).best_of_n == number

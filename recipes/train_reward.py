@@ -80,7 +80,7 @@ def main(run, argv: list[str] | None = None) -> None:
         of_sheet = scored if role == "reward" else None
         text = write_accuracy(trainer.reward_model, parts["test"], judgements, where, of_sheet, len(folds))
         logger.info("%s:\n%s", role, text)
-        trainer.reward_model.save_pretrained(where, text)
+        trainer.reward_model.save_pretrained(where, f"This is the {role} model of its run.\n\n{text}")
         logger.info("saved to %s", where)
         if push_to_hub and role == "reward":
             logger.info("pushed to %s", trainer.push_to_hub(report=text))

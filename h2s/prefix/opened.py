@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import TaskType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ def open_policy(arguments: HardPromptArguments, prefix_adapter: str | None = Non
             read_hard_prompt(arguments),
             arguments.opening_user_message,
             arguments.model_revision,
-            arguments.chat_template_kwargs,
+            cast(dict | None, arguments.chat_template_kwargs),  # its __post_init__ has read a text
         )
     for key in (
         "model_name_or_path",

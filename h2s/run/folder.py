@@ -53,11 +53,13 @@ class Run:
 
     Attributes:
         folder: where its files go; None until `start`.
+        can_resume: whether its recipe has checkpoints to go on from.
         stop: whether it was asked to stop.
     """
 
     def __init__(self) -> None:
         self.folder: Path | None = None
+        self.can_resume = False
         self.stop = StopRequest()
 
     @property
@@ -65,14 +67,14 @@ class Run:
         """Whether this process writes the run's files; no other does."""
         return PartialState().is_main_process
 
-    def start(self, model: Any, dataset: Any, task: Any, resume: bool = False, **defaults: Any) -> Path:
+    def start(self, model: Any, dataset: Any, task: Any, resume: bool | None = None, **defaults: Any) -> Path:
         """Make the run's folder, the same for every process, begin its log and save its recipe.
 
         Args:
             model: the recipe's section `model`.
             dataset: the recipe's section `dataset`.
             task: the recipe's section `task`, with `output_dir` and `run_name` (a timestamp by default).
-            resume: whether a run that exists is resumed, with the same split.
+            resume: whether a run that exists is resumed, with the same split; None where a recipe has no checkpoints.
             **defaults: those that the recipe was parsed with.
 
         Raises:
@@ -88,7 +90,7 @@ class Run:
         broadcast_object_list(problem)
         if problem[0] is not None:
             raise InputError(problem[0])
-        self.folder = folder
+        self.folder, self.can_resume = folder, resume is not None
         self._start_log(folder)
         if self.is_main_process:
             write_recipe(folder / RECIPE_FILE, model, dataset, task, **defaults)
@@ -134,6 +136,8 @@ class Run:
         """What is safe, and the flags that go on from it."""
         if self.folder is None:
             return "nothing was written"
+        if not self.can_resume:
+            return f"{self.folder} is unfinished: the same command with another run_name starts over"
         flags = f"--output_dir {self.folder.parent} --run_name {self.folder.name} --resume_from_checkpoint true"
         saved = [f.name for f in self.folder.glob("checkpoint-*")]
         newest = max(saved, key=lambda name: int(name.rsplit("-", 1)[1])) if saved else "no checkpoint yet"
@@ -186,7 +190,7 @@ def _one_line(error: BaseException) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
 
 
-def _make(folder: Path, resume: bool, dataset: Any) -> str | None:
+def _make(folder: Path, resume: bool | None, dataset: Any) -> str | None:
     """Make it; what stands in the way, if something does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +200,8 @@ def _make(folder: Path, resume: bool, dataset: Any) -> str | None:
     if not os.access(folder, os.W_OK):
         return f"{folder} cannot be written to: choose another output_dir"
     if taken:
-        return f"{folder} exists: choose another run_name, or go on with --resume_from_checkpoint true"
+        or_resume = "" if resume is None else ", or go on with --resume_from_checkpoint true"
+        return f"{folder} exists: choose another run_name{or_resume}"
     return split_mismatch(folder / RECIPE_FILE, dataset) if resume else None
 
 

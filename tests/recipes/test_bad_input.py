@@ -112,7 +112,7 @@ def test_unreadable_context(refused, tmp_path, context, words):
         from h2s.data.datasets import load_preferences
 
         data = sheet(tmp_path, [[context, *GOOD_ROW[1:]]])
-        assert load_preferences(data["path"]).dataset[0]["prompt"] == [{"role": "user", "content": context}]
+        assert load_preferences(data["path"])[0]["prompt"] == [{"role": "user", "content": context}]
         return
     # Set aside or not, each row is checked.
     data = sheet(tmp_path, [GOOD_ROW, [context, "a", "b", 3]])

@@ -21,8 +21,7 @@ from openpyxl import Workbook
 from tiny import COLUMNS, GOOD_ROW, ROOT, contexts, says, sheet
 from transformers import AutoTokenizer
 
-from h2s import hub
-from h2s.report import soft_vs_hard
+from h2s import PrefixTuningPolicyModel, hub
 from h2s.run.recipe import _Loader
 
 OLE = bytes.fromhex("d0cf11e0a1b11ae1")
@@ -193,7 +192,7 @@ CONTEXTS = {
     "text 10,000 deep": (context(deep(10_000)), "row 2, context", "neither JSON nor a Python literal"),
     "text 300 deep": (context(deep(300)), "row 2, context"),
     "file 100,000 deep": (file("contexts.json", deep(100_000)), "contexts.json cannot be read as .json"),
-    "list 600 deep": (file("contexts.json", f'[{{"context": {deep(600)}}}]'), "row 1, context", "nested too deep"),
+    "list 600 deep": (file("contexts.json", f'[{{"context": {deep(600)}}}]'), "row 1, context", "expected a message"),
     "list 960 deep": (file("contexts.json", f'[{{"context": "{deep(960)}"}}]'), "row 1, context"),
     "list 100 deep": (file("contexts.json", f'[{{"context": {deep(100)}}}]'), "row 1, context", "expected a message"),
     "numbers": (context([1, 2]), "row 2, context", "expected a message", "got 1"),
@@ -638,7 +637,7 @@ def test_odd_contexts_come_through_to_the_blinded_sheet(recipes, write_recipe_of
 
 @pytest.mark.parametrize("reply", [CALC, "=1+1", "+1", "@SUM(A1)", "#REF!", "-2+3"])
 def test_reply_like_a_formula_is_text_in_the_blinded_sheet(recipes, write_recipe_of, tmp_path, monkeypatch, reply):
-    monkeypatch.setattr(soft_vs_hard, "decode", lambda *args: reply)
+    monkeypatch.setattr(PrefixTuningPolicyModel, "decode", lambda *args: reply)
     config = write_recipe_of("compare", dataset=contexts(tmp_path, [{"context": "hello"}]))
     recipes["compare"].main(["--config", str(config), "--split", "all", "--run_name", "calc"])
     sheet_file = tmp_path / "outputs" / "calc" / "blinded.xlsx"
@@ -674,8 +673,8 @@ def test_odd_cells_come_through(read_by, place):
     texts = [t for t in ODD.values() if "\x00" not in t] + [CALC, "#REF!", "0123.40", "TRUE", "x" * 32_767]
     rows = [[f"[{message(f'{n} {t[:30_000]}')[0]!r}]", t, f"not {t}"[:32_767], n % 2] for n, t in enumerate(texts)]
     filler = [[f"conversation {n}", "a?", "b.", 0] for n in range(60)]
-    found = read_by("train_reward", "load_preferences", **workbook(place, *rows, *filler, text=True)).dataset
-    replies = [(r["chosen"], r["rejected"])[r["label"]] for r in found][: len(texts)]
+    found = read_by("train_reward", "read_judgements", **workbook(place, *rows, *filler, text=True)).dataset
+    replies = [(r["chosen"], r["rejected"])[r["label"]][0]["content"] for r in found][: len(texts)]
     # A workbook's lines end with \n.
     assert replies == [t.replace("\r\n", "\n") for t in texts]
     assert [r["prompt"] for r in found][: len(texts)] == [ast.literal_eval(r[0]) for r in rows]
@@ -686,8 +685,8 @@ def test_the_first_of_two_sheets_is_read(read_by, place):
     with pd.ExcelWriter(place.folder / "sheet.xlsx") as book:
         first.to_excel(book, sheet_name="judgements", index=False)
         pd.DataFrame([["hi", "second?", "b.", 7]], columns=COLUMNS).to_excel(book, sheet_name="old", index=False)
-    found = read_by("train_reward", "load_preferences", dataset={"path": str(place.folder / "sheet.xlsx")})
-    assert set(found.dataset["chosen"]) == {"first?"}
+    found = read_by("train_reward", "read_judgements", dataset={"path": str(place.folder / "sheet.xlsx")})
+    assert {reply[0]["content"] for reply in found.dataset["chosen"]} == {"first?"}
 
 
 @pytest.mark.filterwarnings("error:.*invalid escape sequence")
@@ -699,8 +698,8 @@ def test_escapes_that_python_remarks_on(read_by, place):
 
 def test_numbers_and_labels_typed_as_text(read_by, place):
     data = sheet(place.folder, [[f"conversation {n}", "42", 42, " 1 "] for n in range(60)])
-    found = read_by("train_reward", "load_preferences", dataset=data)
-    assert set(found.dataset["chosen"]) == {"42"} and set(found.dataset["label"]) == {1}
+    found = read_by("train_reward", "read_judgements", dataset=data)
+    assert {reply[0]["content"] for reply in found.dataset["chosen"]} == {"42"} and set(found.dataset["label"]) == {1}
 
 
 def test_odd_number_in_yaml(write_recipe_of, reaches_the_model):

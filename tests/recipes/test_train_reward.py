@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from tiny import ROOT, sample_context
 from transformers import AutoTokenizer
 
+import h2s
 from h2s.data.datasets import load_preferences
-from h2s.data.splits import folds_by_conversation, share_with_judge, split_by_conversation
-from h2s.reward import trainer as reward_training
+from h2s.data.messages import conversation_id
+from h2s.data.splits import conversations_of, folds_by_conversation, share_with_judge, split_by_conversation
 from h2s.reward.model import RewardModel, context_text
 
 FOLDS, TEST_SIZE = 3, 0.3
@@ -36,7 +37,7 @@ def run(recipe: str, *argv: object) -> None:
 
 
 def conversations(*parts):
-    return {c for part in parts for c in part["conversation"]}
+    return {c for part in parts for c in conversations_of(part)}
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +48,18 @@ def resumed(bert_folder, sheet_file, tmp_path_factory):
              90, "--test_size", TEST_SIZE, "--folds", FOLDS, "--judge_share", 0.5, "--report_to", "none",
              "--output_dir", out, "--run_name", "r"]  # fmt: skip
     folder, trained = out / "r", []
-    plain = reward_training.train_reward_model
 
-    def watched(source, tokens, tokenizer, limit, parts, args, where):
-        trained.append((str(Path(where).relative_to(folder)), parts))
-        if breaks and where == folder / "folds" / "3":
-            raise RuntimeError("the power is gone")
-        return plain(source, tokens, tokenizer, limit, parts, args, where)
+    class Watched(h2s.RewardModelTrainer):
+        def __init__(self, **given):
+            where = Path(given["args"].output_dir)
+            parts = {"train": given["train_dataset"], "validation": given["eval_dataset"]}
+            trained.append((str(where.relative_to(folder)), parts))
+            if breaks and where == folder / "folds" / "3":
+                raise RuntimeError("the power is gone")
+            super().__init__(**given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward_training, "train_reward_model", watched)
+        patch.setattr(h2s, "RewardModelTrainer", Watched)
         breaks = True
         with pytest.raises(SystemExit, match="1"):
             run("train_reward", *flags)
@@ -70,7 +73,7 @@ def resumed(bert_folder, sheet_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(sheet_file):
-    return load_preferences(str(sheet_file)).dataset
+    return load_preferences(str(sheet_file))
 
 
 def test_a_finished_fold_is_not_trained_again(resumed):
@@ -92,14 +95,14 @@ def test_every_pair_is_judged_once_by_a_model_that_never_saw_it(resumed, dataset
     by_row = {row["row"]: row for row in dataset}
     for row in pairs.itertuples():
         pair = by_row[row.row]
-        assert (row.conversation, row.label) == (pair["conversation"], pair["label"])
-        assert row.length_difference == len(pair["chosen"]) - len(pair["rejected"])
+        assert (row.conversation, row.label) == (conversation_id(pair["prompt"]), pair["label"])
+        assert row.length_difference == len(pair["chosen"][0]["content"]) - len(pair["rejected"][0]["content"])
     assert pairs["margin"].nunique() > 30
     # Each fold's model was trained on that fold's other conversations, and its table is of its own.
     folds = folds_by_conversation(dataset, FOLDS, 42)
     for number, (split, (_, parts)) in enumerate(zip(folds, [*resumed.before[:2], resumed.after[0]], strict=True), 1):
         table = pd.read_parquet(resumed.folder / "folds" / str(number) / "pairs.parquet")
-        assert table["row"].tolist() == split["test"]["row"]
+        assert table["row"].tolist() == list(split["test"]["row"])
         assert not set(table["conversation"]) & conversations(parts["train"], parts["validation"])
 
 
@@ -107,11 +110,11 @@ def test_reward_and_judge_are_trained_on_different_conversations(resumed, datase
     (_, reward), (_, judge) = resumed.after[1:]
     expected = share_with_judge(split_by_conversation(dataset, 42, TEST_SIZE), 42, 0.5)
     for parts, right in zip((reward, judge), expected, strict=True):
-        assert {n: p["row"] for n, p in parts.items()} == {n: p["row"] for n, p in right.items()}
+        assert {n: list(p["row"]) for n, p in parts.items()} == {n: list(right[n]["row"]) for n in parts}
     assert not conversations(reward["train"], reward["validation"]) & conversations(judge["train"], judge["validation"])
     # The judge is reported on all that it never saw, the reward model's conversations among them.
     pairs = pd.read_parquet(resumed.folder / "judge" / "pairs.parquet")
-    assert pairs["row"].tolist() == judge["test"]["row"]
+    assert pairs["row"].tolist() == list(expected[1]["test"]["row"])
     assert conversations(reward["train"]) <= set(pairs["conversation"])
     weights = [load_file(resumed.folder / f / "adapter_model.safetensors")["prompt_embeddings"] for f in (".", "judge")]
     assert not torch.equal(*weights)

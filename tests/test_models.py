@@ -1,0 +1,118 @@
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import ROOT
+
+from h2s.errors import InputError
+from h2s.models import (
+    EMBEDDED_MODELS,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+    model_source,
+    resolve_dtype,
+    resolve_embedded,
+    room_for_text,
+    tensor_shapes,
+)
+
+
+def test_a_folder_is_named_in_full_and_a_hub_name_stays(gemma_folder, monkeypatch):
+    monkeypatch.chdir(gemma_folder.parent)
+    assert model_source(gemma_folder.name) == str(gemma_folder)
+    assert model_source("owner/model") == "owner/model"
+
+
+@pytest.mark.parametrize("make_path", ["folder", "file", "missing", "a/b/c", "~/model"])
+def test_what_is_no_model_folder(make_path, tmp_path):
+    path = tmp_path / "model" if "/" not in make_path else make_path
+    if make_path == "folder":
+        path.mkdir()
+    if make_path == "file":
+        path.write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match=r"is not a model folder: expected a .*config\.json"):
+        model_source(str(path))
+
+
+def test_weights_are_whole_safetensors(gemma_folder, tmp_path):
+    folder = shutil.copytree(gemma_folder, tmp_path / "model")
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"is not a whole safetensors file .*: copy it again"):
+        model_source(str(folder))
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"expected weights in safetensors \(no pickle is read\)"):
+        model_source(str(folder))
+
+
+@pytest.mark.parametrize("model", ["gemma_folder", "bert_folder"])
+def test_model_folder_without_tokenizer(model, tmp_path, request):
+    """transformers would make up a tokenizer to which every word is unknown."""
+    (tmp_path / "config.json").write_bytes((request.getfixturevalue(model) / "config.json").read_bytes())
+    with pytest.raises(InputError, match="no tokenizer can be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_last(gemma_folder, tmp_path):
+    folder = shutil.copytree(gemma_folder, tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for missing, expected in (("pad_token", "<eos>"), ("eos_token", None)):
+        del settings[missing]
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        if expected:
+            assert load_tokenizer(str(folder)).pad_token == expected
+    with pytest.raises(InputError, match="neither a pad nor an eos token to pad with"):
+        load_tokenizer(str(folder))
+
+
+def test_model_folder_without_weights(tmp_path, gemma_folder):
+    (tmp_path / "config.json").write_bytes((gemma_folder / "config.json").read_bytes())
+    with pytest.raises(InputError, match="no causal language model can be loaded"):
+        load_base_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"model_type": "none"}', '{"model_type": "gemma3_text", "rope_scaling": 7}']
+)
+def test_configuration_that_is_invalid(tmp_path, content):
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="no model configuration can be loaded from"):
+        load_config(str(tmp_path))
+
+
+def test_the_base_is_frozen_and_of_the_dtype_asked_for(gemma_folder):
+    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        base = load_base_model(str(gemma_folder), dtype=dtype)
+        assert base.dtype == expected and not base.training
+        assert not any(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize(("cuda", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_automatic_dtype(monkeypatch, cuda, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert resolve_dtype("auto") == expected
+    assert resolve_dtype("float32") == torch.float32
+
+
+def test_shapes_are_read_from_the_header(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(5)}, tmp_path / "x.safetensors")
+    assert tensor_shapes(tmp_path / "x.safetensors") == {"a": (2, 3), "b": (5,)}
+
+
+def test_room_is_what_the_prefix_leaves(gemma_folder):
+    assert room_for_text(load_config(str(gemma_folder)), 31) == 1024 - 31
+
+
+def test_embedded_names():
+    assert resolve_embedded("owner/model") == "owner/model"
+    with pytest.raises(InputError, match="is not an embedded model: expected one of embedded:gemma-3-270m, embedded:"):
+        resolve_embedded("embedded:gpt")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8") + "".join(
+        f.read_text(encoding="utf-8") for f in (ROOT / "recipes" / "embedded").glob("*.yaml")
+    )
+    assert all(f"embedded:{name}" in readme for name in EMBEDDED_MODELS)

@@ -45,6 +45,8 @@ class Scripted(WholeCheckpoints):
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
             torch.save(self.model.state_dict(), os.path.join(output_dir, "line.pt"))
+            if "checkpoint-" in output_dir:  # as Trainer's own does
+                torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.model.load_state_dict(torch.load(os.path.join(resume_from_checkpoint, "line.pt"), weights_only=True))

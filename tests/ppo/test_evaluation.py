@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from h2s import InputError
 from h2s.ppo.policy import VALUE_HEAD_FILE
-from h2s.report.comparison import HARD_PROMPT_EVALUATION, metric_names, over_optimised
+from h2s.report.comparison import metric_names
 
 
 def kept_steps(trainer):
@@ -109,44 +109,6 @@ def test_compare_is_soft_against_hard_on_other_contexts(build):
 
 
 # A reward that rises while the judge falls
-
-
-@pytest.mark.parametrize(
-    ("rewards", "judges", "expected"),
-    [
-        ([], [], None),
-        ([1], [1], None),
-        ([0, 1], [0, -1], (0, 1)),
-        # Below the hard prompt from the first on: that has 0 and 0.
-        ([1], [-1], ("hard", 0)),
-        ([2, 3], [-1, -0.5], ("hard", 1)),
-        ([-1], [-1], None),
-        ([0, 1], [0, 1], None),
-        ([1, 0], [1, 0], None),
-        ([0, 1], [2, 2], None),
-        ([1, 1], [2, 1], None),
-        ([1, 2, 3], [1, 3, 2], (1, 2)),
-        # The judge has come back to more than ever, or not quite.
-        ([1, 2, 3], [1, 0, 2], None),
-        ([1, 2, 3], [2, 0, 1], (0, 2)),
-        # It was so one evaluation ago; now both are low.
-        ([1, 2, 0], [2, 1, 0], None),
-        # Of two favourites the first is kept.
-        ([0, 3, 1], [2, 2, 1], (0, 2)),
-        ([3, 0, 1], [2, 2, 1], None),
-        # No judge, nothing to say.
-        ([0, 1, 2], None, None),
-    ],
-)
-def test_over_optimisation_by_hand(rewards, judges, expected):
-    lines = [{"step": 10 * i, "eval_reward_difference": r} for i, r in enumerate(rewards)]
-    for line, judged in zip(lines, judges or [], strict=False):
-        line["eval_judge_difference"] = judged
-    found = over_optimised(lines)
-    assert found == (expected and tuple(HARD_PROMPT_EVALUATION if i == "hard" else lines[i] for i in expected))
-    # Between the evaluations lie the lines of the training, and at its end a summary.
-    history = [line for e in lines for line in ({"loss": 9.0, "step": e["step"]}, e)] + [{"train_loss": 1.0}]
-    assert over_optimised(history) == found
 
 
 @pytest.fixture

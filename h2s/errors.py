@@ -7,7 +7,15 @@ def in_short(error: BaseException) -> str:
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message says what was expected, what came, and the remedy."""
+    """What the user gave cannot be used. The message says what was expected, what came, and the remedy.
+
+    ```python
+    try:
+        contexts = load_contexts("contexts.json")
+    except InputError as error:  # contexts.json, row 7, context: the last message must be the user's, …
+        print(error)
+    ```
+    """
 
 
 class RunError(RuntimeError):

@@ -12,6 +12,10 @@ from h2s.errors import InputError
 class SingleStepPPOConfig(TrainingArguments):
     """Settings of [`SingleStepPPOTrainer`]: transformers' `TrainingArguments` and what PPO adds.
 
+    ```python
+    SingleStepPPOConfig(output_dir="outputs/ppo", max_steps=16, max_completion_length=32, kl_coef=0.05)
+    ```
+
     One step is one PPO iteration: sample, score, update. `per_device_train_batch_size` is the number of contexts in an
     iteration on one device; `max_steps`, `logging_steps`, `eval_steps` and `save_steps` count iterations.
 

@@ -13,6 +13,10 @@ from h2s.errors import InputError
 class RewardModelConfig(RewardConfig):
     """Settings of [`RewardModelTrainer`]: TRL's `RewardConfig` with defaults for a prefix, and `max_tokens`.
 
+    ```python
+    RewardModelConfig(output_dir="outputs/reward", num_train_epochs=3, max_tokens=256, eval_strategy="epoch")
+    ```
+
     Differing from TRL's: `output_dir` outputs, `learning_rate` 3e-2 (a prefix; 1e-4 is for LoRA), `num_train_epochs` 5,
     `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `save_strategy` epoch, `metric_for_best_model`
     loss (a small part's accuracy is mostly chance) with `greater_is_better` False, `save_total_limit` 1, `report_to`

@@ -172,30 +172,48 @@ def test_without_folds_and_judge(bert_folder, sheet_file, tmp_path, dataset):
     assert pairs["margin"].tolist() == pytest.approx(margins.tolist(), abs=1e-5)
 
 
+REWARD = """
+calls = []
+
+
+def length(prompts, completions, completion_ids, topic, trainer_state, **kwargs):
+    calls.append((prompts, completions, completion_ids, topic, trainer_state.global_step, sorted(kwargs)))
+    return [len(completion[0]["content"]) / 10 for completion in completions]
+"""
+
+
 def test_a_reward_function_of_ones_own(gemma_folder, contexts_file, tmp_path, monkeypatch):
-    """From a module in the current folder, called as TRL calls its own."""
+    """From a module in the current folder, called as TRL calls its own, with the file's further columns."""
     name = "rewards_of_this_test"
-    (tmp_path / f"{name}.py").write_text(
-        "calls = []\n\n"
-        "def length(prompts, completions, **kwargs):\n"
-        "    calls.append((prompts, completions))\n"
-        "    return [len(completion[0]['content']) / 10 for completion in completions]\n",
-        encoding="utf-8",
-    )
+    (tmp_path / f"{name}.py").write_text(REWARD, encoding="utf-8")
+    items = json.loads(contexts_file.read_text(encoding="utf-8"))
+    topics = {str(item["context"]): f"topic {n}" for n, item in enumerate(items)}
+    for item in items:
+        item["topic"] = topics[str(item["context"])]
+    (tmp_path / "contexts.json").write_text(json.dumps(items), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     try:
-        run("train_policy", "--model_name_or_path", gemma_folder, "--hard_prompt", "Be kind.", "--path", contexts_file,
-            "--reward_function", f"{name}.length", "--max_steps", 1, "--per_device_train_batch_size", 4,
-            "--max_completion_length", 6, "--value_warmup_batches", 0, "--report_to", "none", "--output_dir",
+        run("train_policy", "--model_name_or_path", gemma_folder, "--hard_prompt", "Be kind.", "--path",
+            "contexts.json", "--reward_function", f"{name}.length", "--max_steps", 2, "--per_device_train_batch_size",
+            4, "--max_completion_length", 6, "--value_warmup_batches", 0, "--report_to", "none", "--output_dir",
             tmp_path / "out", "--run_name", "p")  # fmt: skip
         calls = sys.modules[name].calls
     finally:
         sys.modules.pop(name, None)
-    folder = tmp_path / "out" / "p"
+    # Training, evaluation and report alike: each row's topic is its own, its tokens are those of its reply.
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "p")
+    for prompts, replies, ids, topic, _, others in calls:
+        assert topic == [topics[str(prompt)] for prompt in prompts]
+        decoded = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in ids]
+        assert decoded == [reply[0]["content"] for reply in replies] and len(set(decoded)) > 1
+        assert others == ["log_extra", "log_metric"]
+    steps = [step for *_, step, _ in calls]
+    assert steps[0] == 0 and steps == sorted(steps) and set(steps) == {0, 1, 2}
     # The rollout's four first, then each evaluation's.
+    folder = tmp_path / "out" / "p"
     completions = pd.read_parquet(folder / "completions" / "step-000001.parquet")
-    prompts, replies = calls[0]
+    prompts, replies, *_ = calls[0]
     assert replies == [[{"role": "assistant", "content": text}] for text in completions["completion"]]
     assert [p[0]["content"] for p in prompts] == [p[0]["content"] for p in completions["prompt"]]
     assert completions["score"].tolist() == pytest.approx([len(t) / 10 for t in completions["completion"]])

@@ -25,6 +25,7 @@ ASSISTANT = {"role": "assistant", "content": "hello"}
         ("[{'role': 'user', 'content': [{'type': 'text', 'text': 'hi there'}]}]", [USER]),
         ([{"role": "user", "content": "hi there", "name": "Ann"}], [USER]),
         ("(well) [then] {so}", [{"role": "user", "content": "(well) [then] {so}"}]),
+        ("__import__('os')", [{"role": "user", "content": "__import__('os')"}]),
         ("NA", [{"role": "user", "content": "NA"}]),
         ("None", [{"role": "user", "content": "None"}]),
     ],

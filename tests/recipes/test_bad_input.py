@@ -98,7 +98,7 @@ def prompt_file(file, content="\n"):
 
 SUFFIXES = ("xlsx", "csv", "json", "jsonl", "parquet")
 BYTES = b"\xff\xfe\x00 this is no table \x00\n" * 3
-LATER = GOOD_ROW[:3]
+UNLABELLED = GOOD_ROW[:3]
 MODEL_KEYS = {
     "convert_prompt": "model_name_or_path",
     "train_policy": "model_name_or_path",
@@ -129,8 +129,8 @@ TABLE = [
     (WITH_DATA, dataset(path="."), "is not a .xlsx, .csv"),
     ("train_reward", rows(["hello", "a", "b"], columns=[*COLUMNS[:2], "verdict"]),
      "missing column reference_response, human_eval", "found context_messages, policy_response, verdict"),
-    ("train_reward", rows([*LATER, 2], [*LATER, 3], [*LATER, 3]), "no row is labelled 0 or 1", "(3 rows)"),
-    *[("train_reward", rows(GOOD_ROW, GOOD_ROW, [*LATER, label]), "row 4: human_eval must be 0, 1, 2 or 3, got")
+    ("train_reward", rows(*[[*UNLABELLED, n] for n in (2, 3, 3)]), "no row is labelled 0 or 1", "(3 rows)"),
+    *[("train_reward", rows(GOOD_ROW, GOOD_ROW, [*UNLABELLED, label]), "row 4: human_eval must be 0, 1, 2 or 3, got")
       for label in (4, -1, 0.5, "better", None, True)],
     # Set aside or not, each row is checked.
     *[("train_reward", rows(GOOD_ROW, [c, "a", "b", 3]), "row 3: context_messages", words) for c, words in UNREADABLE],

@@ -215,22 +215,18 @@ def test_push_is_one_upload_of_the_adapter(gemma_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("run_split", "flags", "words"),
+    ("run_split", "words"),
     [
-        ("dataset: {path: x}", [], "The contexts are the test part by test_size 0.2 and split_seed 42.\n"),
-        ("dataset: {path: x, test_size: 0.3}", ["--test_size", 0.3], "by test_size 0.3 and split_seed 42.\n"),
-        ("dataset: {path: x, test_size: 0.3}", [], "The prefix was trained by test_size 0.3 and split_seed 42: some"),
-        ("dataset: {path: x}", ["--split_seed", 1], "The prefix was trained by test_size 0.2 and split_seed 42: some"),
-        ("dataset: {}", ["--split_seed", 1], "by test_size 0.2 and split_seed 1.\n"),  # converted, not trained
-        (None, ["--split_seed", 1], "by test_size 0.2 and split_seed 1.\n"),
-        ("dataset: {path: x}", ["--split", "all"], "all of the file: some may have trained the prefix.\n"),
+        ("dataset: {path: x, test_size: 0.3}", "The prefix was trained by test_size 0.3 and split_seed 42: some may"),
+        (None, "The contexts are the test part by test_size 0.2 and split_seed 42.\n"),
     ],
 )
-def test_compare_says_what_it_compares(policy_adapter, assistant_first, tmp_path, run_split, flags, words):
+def test_compare_says_what_it_compares(policy_adapter, assistant_first, tmp_path, run_split, words):
+    """By the split that the adapter's own run saved."""
     adapter = shutil.copytree(policy_adapter, tmp_path / "trained")
     (adapter / "recipe.yaml").unlink(missing_ok=True)
     if run_split:
         (adapter / "recipe.yaml").write_text(run_split, encoding="utf-8")
-    run("compare", "--policy_adapter", adapter, "--path", assistant_first, *flags, "--max_completion_length", 2,
+    run("compare", "--policy_adapter", adapter, "--path", assistant_first, "--max_completion_length", 2,
         "--output_dir", tmp_path, "--run_name", "c")  # fmt: skip
     assert words in (tmp_path / "c" / "README.md").read_text(encoding="utf-8")

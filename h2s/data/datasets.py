@@ -12,7 +12,7 @@ from h2s.data.tables import first_row, read_table
 from h2s.errors import InputError, in_short
 
 # What TRL's trainers do not hand to a reward either.
-NOT_HANDED_ON = ("context", "prompt", "completion", "completion_ids")
+NOT_HANDED_ON = ("prompt", "completion", "completion_ids")
 COLUMNS = ("context_messages", "policy_response", "reference_response", "human_eval")
 POLICY_BETTER, REFERENCE_BETTER, BOTH_POOR, TIE = range(4)
 LABELS = {
@@ -54,7 +54,7 @@ def load_contexts(path: str) -> Dataset:
     if not prompts:
         raise InputError(f"{path}: no contexts in it")
     columns: dict[str, list] = {"prompt": prompts}
-    for name in (n for n in table.columns if n not in NOT_HANDED_ON):
+    for name in (n for n in table.columns if n not in ("context", *NOT_HANDED_ON)):
         columns[str(name)] = _typed(f"{path}, column {name}", table[name])
     return Dataset.from_dict(columns)
 

@@ -34,6 +34,7 @@ def check_run(
             f"{len(train_dataset)} contexts train, fewer than the {needed} of one iteration: lower "
             "per_device_train_batch_size or add contexts"
         )
+    RewardFunctions(scorers["reward"], args.reward_weights)  # as many weights as rewards
     metric, metrics = selection_metric(args, scorers), metric_names(scorers)
     if args.eval_strategy == IntervalStrategy.NO:
         return

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -24,7 +23,8 @@ from trl.models import unwrap_model_for_generation
 
 from h2s.errors import InputError, RunError
 from h2s.ppo.config import SingleStepPPOConfig
-from h2s.ppo.contexts import as_columns, check_columns, check_run, encode_contexts, selection_metric
+from h2s.ppo.contexts import as_columns, check_run, encode_contexts, selection_metric
+from h2s.ppo.evaluation import EvaluatedPolicy
 from h2s.ppo.iteration_log import IterationLog
 from h2s.ppo.loss import (
     approx_kl_per_token,
@@ -37,13 +37,11 @@ from h2s.ppo.loss import (
     whiten,
 )
 from h2s.ppo.policy import PolicyWithValueHead, Rollout
-from h2s.prefix.adapter import load_weights, soft_prefix
+from h2s.prefix.adapter import soft_prefix
 from h2s.prefix.generation import Batch, Sampling
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
-from h2s.report.comparison import over_optimisation_line, over_optimised, summarise
-from h2s.report.soft_vs_hard import soft_vs_hard
 from h2s.reward.functions import RewardFunction, RewardFunctions, reward_columns
-from h2s.run.checkpoints import ChooseAnewElsewhere, EvaluateLastStep, LogBeforeSaving, WholeCheckpoints
+from h2s.run.checkpoints import ChooseAnewElsewhere, EvaluateLastStep, LogBeforeSaving
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,7 @@ NOT_PREFIX = (
 )
 
 
-class SingleStepPPOTrainer(WholeCheckpoints):
+class SingleStepPPOTrainer(EvaluatedPolicy):
     """Moves a soft prefix toward what rewards prefer, starting from its hard prompt.
 
     ```python
@@ -136,7 +134,6 @@ class SingleStepPPOTrainer(WholeCheckpoints):
         args.metric_for_best_model = selection_metric(args, self.scorers)
         self.sampling = Sampling(args.max_completion_length, args.temperature)
         self.optimizer: Any  # a torch optimizer, then Accelerate's wrapper of it
-        self.control: Any
         self.policy.add_hard_prompt()
         # Loading draws random numbers: what was loaded here, and what before, makes no difference to the value head.
         set_seed(args.seed)
@@ -150,13 +147,6 @@ class SingleStepPPOTrainer(WholeCheckpoints):
             callbacks=[*(callbacks or []), ChooseAnewElsewhere(), EvaluateLastStep(), LogBeforeSaving()],
         )
         self.iterations = IterationLog(self.accelerator, self.rewards.names)
-
-    def compare(self, contexts: Dataset) -> pd.DataFrame:
-        """Soft against hard on contexts that nothing was chosen by: the table of `soft_vs_hard`, scored as here."""
-        size, seed, quiet = self.args.per_device_eval_batch_size, self.args.seed, self.args.disable_tqdm
-        return soft_vs_hard(
-            self.policy, contexts, self.scorers, self.sampling, size, seed, self.state, progress=not quiet
-        )
 
     # ---- what is trained ----
 
@@ -352,55 +342,9 @@ class SingleStepPPOTrainer(WholeCheckpoints):
         if error > tolerance:
             logger.warning("the first pass's ratio is %.3g away from 1, more than %g", error, tolerance)
 
-    # ---- soft against hard ----
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Compare soft with hard on held-out contexts; keep the prefix if it is the best so far."""
-        contexts = self.eval_dataset if eval_dataset is None else eval_dataset
-        check_columns(contexts, "eval_dataset")
-        table = self.compare(contexts)
-        metrics = {f"{metric_key_prefix}_{k}": v for name in self.scorers for k, v in summarise(table, name).items()}
-        verdict = over_optimised([*self.state.log_history, metrics | {"step": self.state.global_step}])
-        if "eval_judge_difference" in metrics:
-            metrics["eval_over_optimised"] = float(verdict is not None)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        kept = self.state.best_global_step
-        if self.is_in_train and self.state.global_step > 0 and self.is_best(metrics):
-            self.save_best()
-            kept = self.state.global_step
-        if verdict is not None and self.is_world_process_zero():
-            logger.warning("%s; the adapter of step %s is kept", over_optimisation_line(*verdict), kept)
-        return metrics
-
-    # ---- logs and files ----
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of what the iterations recorded since the last line."""
         if "loss" in logs:
             logs.pop("grad_norm", None)  # of the loop's own step, which has no gradient; ours is policy/grad_norm
             logs |= self.iterations.means()
         super().log(logs, start_time)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter as `policy.save_pretrained` writes it, and the value head; a sharded model is gathered by all."""
-        folder, first = Path(output_dir or self.args.output_dir), self.args.should_save
-        folder.mkdir(parents=True, exist_ok=True)
-        self.policy.save_pretrained(folder, is_main_process=first)
-        self.model.save_value_head(folder, is_main_process=first)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """The counterpart of `save_model`."""
-        load_weights(self.policy.model, resume_from_checkpoint)
-        self.model.load_value_head(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """The best adapter lies at the run's root."""
-        self._load_from_checkpoint(self.args.output_dir)
-
-    def load_kept(self) -> None:
-        """The best prefix, from the run's root; where nothing was evaluated the last one is kept, and saved there."""
-        if self.state.best_metric is None:
-            self.save_model()
-        else:
-            self._load_best_model()

@@ -314,26 +314,9 @@ def encode_prompts(
         except InputError as error:
             raise InputError(f"context {number}: {error}") from error
     encoded = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
-    check_seam(tokenizer, prefix, zip(prompts, encoded, strict=True))
-    for number, ids in enumerate(encoded, start=1):
-        if max_length is not None and len(ids) > max_length:
-            raise InputError(
-                f"context {number} is {len(ids)} tokens long, but the model takes {max_length} beside the prefix and "
-                "the completion: shorten it or lower max_completion_length"
-            )
-    return encoded
-
-
-def check_seam(
-    tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix, prompts: Iterable[tuple[str, list[int]]]
-) -> None:
-    """tokens(prefix) + tokens(rest) must be tokens(whole), or the model would see other tokens than the hard prompt's.
-
-    Raises:
-        InputError: a conversation whose first token merges with the prefix's last, named by its place from 1.
-    """
     first = prefix.token_ids
-    for number, (text, ids) in enumerate(prompts, start=1):
+    for number, (text, ids) in enumerate(zip(prompts, encoded, strict=True), start=1):
+        # tokens(prefix) + tokens(rest) must be tokens(whole), or the model would see others than the hard prompt's.
         whole = tokenizer(prefix.text + text, add_special_tokens=False).input_ids
         if whole != first + ids:
             at = next((i for i, (a, b) in enumerate(zip(whole, first + ids, strict=False)) if a != b), len(first))
@@ -342,3 +325,9 @@ def check_seam(
                 f"context {number} merges with the hard prompt across the seam (token {merged}): it begins with "
                 f"{text[:20]!r} after {prefix.text[-20:]!r}; change how the context begins"
             )
+        if max_length is not None and len(ids) > max_length:
+            raise InputError(
+                f"context {number} is {len(ids)} tokens long, but the model takes {max_length} beside the prefix and "
+                "the completion: shorten it or lower max_completion_length"
+            )
+    return encoded

@@ -253,21 +253,13 @@ def write_accuracy(
         cross_validated: the pair table of all of the sheet; what the files hold if it is there.
         folds: how many models made it.
     """
-    unseen = pair_table(reward, test)
-    if cross_validated is None:
-        return _write_report(unseen, "on conversations that it never saw", judgements, folder)
-    what = f"on all conversations, each by a model that never saw it ({folds} folds)"
-    text = _write_report(cross_validated, what, judgements, folder)
-    return f"{text}\n\n{accuracy_report(unseen, 'on conversations that this model never saw')}"
-
-
-def _write_report(table: pd.DataFrame, what: str, judgements: Judgements, folder: Path) -> str:
-    """Write `accuracy.md`, `accuracy.png` and `pairs.parquet`; returns the report's table."""
+    table, what, more = pair_table(reward, test), "on conversations that it never saw", ""
+    if cross_validated is not None:
+        more = "\n\n" + accuracy_report(table, "on conversations that this model never saw")
+        table, what = cross_validated, f"on all conversations, each by a model that never saw it ({folds} folds)"
     text = accuracy_report(table, what)
-    counts = f"{judgements.summary()}\n\n{sheet_report(judgements)}"
-    (folder / ACCURACY_REPORT).write_text(
-        f"# Accuracy\n\n{counts}\n\n{text}\n\n![]({ACCURACY_PICTURE})\n", encoding="utf-8"
-    )
+    page = f"# Accuracy\n\n{judgements.summary()}\n\n{sheet_report(judgements)}\n\n{text}\n\n![]({ACCURACY_PICTURE})\n"
+    (folder / ACCURACY_REPORT).write_text(page, encoding="utf-8")
     accuracy_picture(table, folder / ACCURACY_PICTURE)
     table.to_parquet(folder / PAIRS)
-    return text
+    return text + more

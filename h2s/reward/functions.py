@@ -22,6 +22,7 @@ from datasets import Dataset
 from peft import TaskType
 from transformers import TrainerState
 
+from h2s.data.datasets import NOT_HANDED_ON
 from h2s.data.messages import Messages
 from h2s.errors import InputError
 from h2s.hub import adapter_folder
@@ -33,14 +34,12 @@ from h2s.reward.model import RewardModel
 RewardFunction = Callable[..., Any]
 # What a reward is handed by these names; a column of the data set cannot have one of them.
 TAKEN_NAMES = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
-# Columns that a reward is not handed: TRL's, and what is derived from them.
-NOT_HANDED_ON = ("prompt", "completion", "completion_ids", "prompt_ids")
 
 
 def reward_columns(rows: Dataset | Mapping[str, list]) -> dict[str, list]:
     """The columns of a data set or a batch that a reward is handed by their names."""
     names = rows.column_names if isinstance(rows, Dataset) else rows
-    return {name: list(rows[name]) for name in names if name not in NOT_HANDED_ON}
+    return {name: list(rows[name]) for name in names if name not in (*NOT_HANDED_ON, "prompt_ids")}
 
 
 class RewardFunctions:

@@ -188,7 +188,7 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         logger.info("cut to %d tokens: %d contexts, %d responses", tokens, cuts["context"], cuts["response"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter as `reward_model.save_pretrained` writes it: Trainer's own lacks `h2s.json` and adds a pickle."""
+        """The adapter as `reward_model.save_pretrained` writes it: Trainer's own save has no `h2s.json`."""
         self.reward_model.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
 
     def get_train_dataloader(self) -> DataLoader:

@@ -258,6 +258,7 @@ TABLE = [
           ({"batch_size": 0}, "batch_size must be at least 1"),
           ({"max_completion_length": 0}, "max_completion_length and batch_size must be at least 1"),
       ]],
+    ("train_policy", task(reward_weights=[1, 2]), "reward_weights must hold one weight a reward, got 2 for 1"),
     ("compare", task(best_of_n=1), "best_of_n must be 0 or at least 2, got 1"),
 ]  # fmt: skip
 CASES = [

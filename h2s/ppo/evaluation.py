@@ -1,0 +1,83 @@
+"""How a policy in training is evaluated, and which step of it is kept."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset
+
+from h2s.ppo.contexts import check_columns
+from h2s.prefix.adapter import load_weights
+from h2s.prefix.generation import Sampling
+from h2s.prefix.policy_model import PrefixTuningPolicyModel
+from h2s.report.comparison import over_optimisation_line, over_optimised, summarise
+from h2s.report.soft_vs_hard import soft_vs_hard
+from h2s.reward.functions import RewardFunctions
+from h2s.run.checkpoints import WholeCheckpoints
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluatedPolicy(WholeCheckpoints):
+    """A Trainer of a policy: soft against hard is its evaluation, and the best prefix lies at the run's root.
+
+    Attributes:
+        policy: what is trained.
+        scorers: what scores replies: `reward`, and `judge` if there is one.
+        sampling: how replies are drawn, as in training.
+    """
+
+    policy: PrefixTuningPolicyModel
+    scorers: dict[str, RewardFunctions]
+    sampling: Sampling
+    control: Any
+
+    def compare(self, contexts: Dataset) -> pd.DataFrame:
+        """Soft against hard on contexts that nothing was chosen by: the table of `soft_vs_hard`, scored as here."""
+        size, seed, quiet = self.args.per_device_eval_batch_size, self.args.seed, self.args.disable_tqdm
+        return soft_vs_hard(
+            self.policy, contexts, self.scorers, self.sampling, size, seed, self.state, progress=not quiet
+        )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Compare soft with hard on held-out contexts; keep the prefix if it is the best so far."""
+        contexts = self.eval_dataset if eval_dataset is None else eval_dataset
+        check_columns(contexts, "eval_dataset")
+        table = self.compare(contexts)
+        metrics = {f"{metric_key_prefix}_{k}": v for name in self.scorers for k, v in summarise(table, name).items()}
+        verdict = over_optimised([*self.state.log_history, metrics | {"step": self.state.global_step}])
+        if "eval_judge_difference" in metrics:
+            metrics["eval_over_optimised"] = float(verdict is not None)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        kept = self.state.best_global_step
+        if self.is_in_train and self.state.global_step > 0 and self.is_best(metrics):
+            self.save_best()
+            kept = self.state.global_step
+        if verdict is not None and self.is_world_process_zero():
+            logger.warning("%s; the adapter of step %s is kept", over_optimisation_line(*verdict), kept)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter as `policy.save_pretrained` writes it, and the value head; a sharded model is gathered by all."""
+        folder, first = Path(output_dir or self.args.output_dir), self.args.should_save
+        folder.mkdir(parents=True, exist_ok=True)
+        self.policy.save_pretrained(folder, is_main_process=first)
+        self.model.save_value_head(folder, is_main_process=first)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """The counterpart of `save_model`."""
+        load_weights(self.policy.model, resume_from_checkpoint)
+        self.model.load_value_head(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """The best adapter lies at the run's root."""
+        self._load_from_checkpoint(self.args.output_dir)
+
+    def load_kept(self) -> None:
+        """The best prefix, from the run's root; where nothing was evaluated the last one is kept, and saved there."""
+        if self.state.best_metric is None:
+            self.save_model()
+        else:
+            self._load_best_model()

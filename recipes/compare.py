@@ -7,7 +7,7 @@ python recipes/compare.py --judged outputs/compare/blinded.xlsx
 import logging
 
 from h2s import PrefixTuningPolicyModel, load_contexts
-from h2s.data.splits import split_by_conversation
+from h2s.data import splits
 from h2s.prefix.generation import Sampling
 from h2s.report import blinded_sheet
 from h2s.report.best_of_n import yardstick
@@ -38,9 +38,11 @@ def main(run, argv: list[str] | None = None) -> None:
     blinded_sheet.check_fits_cells(contexts["prompt"])
     opened.encode(contexts["prompt"], args.max_completion_length)  # each can be answered
     if data_args.split == "test":
-        contexts = split_by_conversation(contexts, data_args.split_seed, data_args.test_size)["test"]
-    which = data_args.which_contexts(opened.trained_on)
+        contexts = splits.split_by_conversation(contexts, data_args.split_seed, data_args.test_size)["test"]
     scorers = open_scorers(model_args.reward_adapter, model_args.judge_adapter)
+    seen_by = {"policy": opened.prefix.seen} | {name: scorer.seen for name, scorer in scorers.items()}
+    contexts, aside = splits.set_aside_seen(contexts, seen_by)
+    which = f"{data_args.which_contexts()} {aside}"
 
     ###########
     # Compare #

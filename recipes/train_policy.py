@@ -7,7 +7,7 @@
 import logging
 
 from h2s import PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer, load_contexts
-from h2s.data.splits import split_by_conversation
+from h2s.data import splits
 from h2s.prefix.opened import open_policy
 from h2s.report.comparison import write_comparison
 from h2s.report.what_changed import write_what_changed
@@ -35,7 +35,9 @@ def main(run, argv: list[str] | None = None) -> None:
     model_args.check_reward()
     scorers = open_scorers(model_args.reward_adapter, model_args.judge_adapter, model_args.reward_function)
     opened.encode(contexts["prompt"], args.max_completion_length)  # each can be answered
-    parts = split_by_conversation(contexts, data_args.split_seed, data_args.test_size)
+    parts = splits.split_by_conversation(contexts, data_args.split_seed, data_args.test_size)
+    seen_by = {"policy": opened.prefix.seen} | {name: scorer.seen for name, scorer in scorers.items()}
+    parts["test"], aside = splits.set_aside_seen(parts["test"], seen_by)
     SingleStepPPOTrainer.check(args, parts["train"], parts["validation"], scorers)
 
     #########
@@ -45,6 +47,7 @@ def main(run, argv: list[str] | None = None) -> None:
     args.output_dir = str(folder)
     push_to_hub, args.push_to_hub = args.push_to_hub, False  # at the end, with the report
     logger.info("contexts that train %d, select %d, are reported %d", *(len(p) for p in parts.values()))
+    logger.info("for the report %s", aside)
     policy = PrefixTuningPolicyModel.load(opened, model_args.dtype, model_args.attn_implementation, args.device)
 
     ############
@@ -68,8 +71,8 @@ def main(run, argv: list[str] | None = None) -> None:
     table, names = trainer.compare(parts["test"]), list(scorers)
     if not run.is_main_process:
         return
-    measured = write_comparison(table, names, folder)
-    logger.info("soft against hard on contexts that nothing was chosen by:\n%s", measured)
+    measured = f"{write_comparison(table, names, folder)}\n{aside}"
+    logger.info("soft against hard on contexts that nothing has seen:\n%s", measured)
     logger.info("(the reward is the one that was trained on: it shows movement, not what people like)")
     if "judge" not in scorers:
         logger.info("(no judge_adapter: nothing independent has judged this)")

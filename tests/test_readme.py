@@ -41,7 +41,7 @@ def test_blocks_run_on_tiny_models(checkout, bert_folder, capsys):
         reloaded = PrefixTuningPolicyModel.from_pretrained(checkout / "outputs" / folder)
         start = PrefixTuningPolicyModel.from_hard_prompt(str(base), reloaded.prefix.hard_prompt)
         moved = (reloaded.model.prompt_encoder["default"].embedding.weight - soft(start)).abs().max()
-        assert moved > 0, folder
+        assert moved > 0 and len(reloaded.prefix.seen) == 64, folder
     assert names["trainer"].state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)  # DPO begins at ln 2
 
 

@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import re
+import unicodedata
 import warnings
 from itertools import pairwise
 from typing import Any
@@ -108,8 +109,10 @@ def _short(value: Any) -> str:
 def conversation_id(messages: Messages) -> str:
     """A short id of the conversation that `messages` belong to: a hash of its beginning.
 
-    That is all up to the user's first message: an assistant may open every conversation with the same greeting.
+    That is all up to the user's first message: an assistant may open every conversation with the same greeting. White
+    space and composed characters count alike: a workbook and a JSON file may hold one text in two spellings.
     """
     end = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0) + 1
-    beginning = "\n".join(f"{m['role']}\n{m['content'].strip()}" for m in messages[:end])
+    texts = (" ".join(unicodedata.normalize("NFC", m["content"]).split()) for m in messages[:end])
+    beginning = "\n".join(f"{m['role']}\n{text}" for m, text in zip(messages, texts, strict=False))
     return hashlib.sha256(beginning.encode("utf-8", "replace")).hexdigest()[:16]

@@ -1,20 +1,57 @@
-"""Split by conversation: train, validation, test; the judge's share; folds."""
+"""Split by conversation: train, validation, test; the judge's share; folds; what no model has seen."""
 
 import hashlib
 import math
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from datasets import Dataset, concatenate_datasets
 
-from h2s.data.messages import conversation_id
+from h2s.data.messages import as_messages, conversation_id
 from h2s.errors import InputError
 
 Part = Literal["train", "validation", "test"]
+# Among the ids that an adapter's h2s.json lists: there are others, of a time when it listed none.
+UNKNOWN = "unknown"
 
 
 def conversations_of(dataset: Dataset) -> list[str]:
     """The conversation id of each row's `prompt`."""
-    return [conversation_id(prompt) for prompt in dataset["prompt"]]
+    return [conversation_id(as_messages(prompt)) for prompt in dataset["prompt"]]
+
+
+def conversations_in(*datasets: Dataset | None) -> list[str]:
+    """The conversation ids of several data sets, each once, in order; what is None is left out."""
+    return sorted({c for dataset in datasets if dataset is not None for c in conversations_of(dataset)})
+
+
+def set_aside_seen(dataset: Dataset, seen_by: Mapping[str, Iterable[str]]) -> tuple[Dataset, str]:
+    """Set aside the rows whose conversations trained or selected a model: of these no report is one of unseen data.
+
+    Args:
+        dataset: contexts, with a `prompt`.
+        seen_by: the conversation ids that each model lists, by its name.
+
+    Returns:
+        The rows that are left, and how many were set aside, in words.
+
+    Raises:
+        InputError: none is left.
+    """
+    ids, seen = conversations_of(dataset), {name: set(listed) for name, listed in seen_by.items()}
+    left = [row for row, c in enumerate(ids) if not any(c in listed for listed in seen.values())]
+    counts = {name: "unknown" if UNKNOWN in seen[name] else sum(c in seen[name] for c in ids) for name in seen}
+    words = (
+        f"{len(ids) - len(left)} of {len(ids)} contexts are set aside, since their conversations trained or selected a "
+        f"model: {', '.join(f'{name} {count}' for name, count in counts.items())}"
+    )
+    if not left:
+        raise InputError(
+            f"nothing is left to report on: {words}; give contexts of other conversations, or the test_size and "
+            "split_seed of those models' own runs"
+        )
+    unknown = " Unknown: made when an adapter's h2s.json did not list them." if "unknown" in counts.values() else ""
+    return dataset.select(left), f"{words}.{unknown}"
 
 
 def part_of(conversation: str, split_seed: int, test_size: float) -> Part:

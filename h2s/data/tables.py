@@ -11,11 +11,14 @@ from typing import Any
 from xml.etree.ElementTree import ParseError
 
 import pandas as pd
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 from h2s.errors import InputError, in_short
 
 FORMATS = (".xlsx", ".csv", ".json", ".jsonl", ".parquet")
+# What a compressed file may hold more than its own size: some 30,000 pairs of a sheet. A few KB can hold any number.
+UNPACKED_MB = 32
 # The first bytes of Office's old container, in which encrypted workbooks stand too.
 OLE = bytes.fromhex("d0cf11e0a1b11ae1")
 # What pandas, openpyxl, json and Arrow raise of a file that is not what its name says. Their errors of content are
@@ -73,7 +76,7 @@ def read_table(path: str, expected: str) -> pd.DataFrame:
 
 
 def _check_workbook(file: Path, refusal: str) -> None:
-    """Check that a file is a workbook at all: the zip reader's own words for it help nobody.
+    """Check that a file is a workbook at all (the zip reader's own words help nobody), and of a size to be read.
 
     Raises:
         InputError: it is not; the line begins with `refusal`.
@@ -86,6 +89,17 @@ def _check_workbook(file: Path, refusal: str) -> None:
         raise InputError(f"{refusal}: it is empty (0 bytes): save or copy it again")
     if not zipfile.is_zipfile(file):
         raise InputError(f"{refusal}: it is no workbook, but another kind of file or cut off: save it as .xlsx")
+    try:
+        with zipfile.ZipFile(file) as parts:
+            added = sum(part.file_size - part.compress_size for part in parts.infolist())  # pictures add nothing
+    except READER_ERRORS as error:
+        raise InputError(f"{refusal}: {in_short(error)}") from error
+    if added > UNPACKED_MB * 2**20:
+        raise InputError(f"{refusal}: it {_unpacks_to(added + file.stat().st_size)}")
+
+
+def _unpacks_to(size: int) -> str:
+    return f"unpacks to {size / 2**20:.0f} MB, more than the {UNPACKED_MB} MB that are read: save it as .csv or .jsonl"
 
 
 def _read_xlsx(path: str) -> pd.DataFrame:
@@ -108,7 +122,20 @@ def _read_jsonl(path: str) -> pd.DataFrame:
 
 
 def _read_parquet(path: str) -> pd.DataFrame:
-    return _plain_frame(Dataset.from_pandas(pd.read_parquet(path), preserve_index=False))
+    rows: list[dict[str, Any]] = []
+    size = 0
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        index = [name for name in (schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)]
+        columns = [name for name in schema.names if name not in index]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"two of its columns have one name: {', '.join(columns)}")
+        for batch in file.iter_batches(batch_size=16, columns=columns):
+            rows += batch.to_pylist()
+            size += sum(len(str(row)) for row in rows[-len(batch) :])  # Arrow counts a repeated text once
+            if size > UNPACKED_MB * 2**20:
+                raise ValueError(f"it {_unpacks_to(size)}")
+    return pd.DataFrame(rows, columns=columns, dtype=object)
 
 
 def _read_hub(name: str) -> pd.DataFrame:

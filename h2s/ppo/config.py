@@ -6,6 +6,16 @@ import torch
 from transformers import TrainingArguments
 
 from h2s.errors import InputError
+from h2s.run.settings import NO_EFFECT, check_schedule, check_settings
+
+# Settings of Trainer that keep their default in this stage alone, and why.
+REFUSED = {
+    "dataloader_drop_last": "iterations are of one size, what an epoch leaves over may come in the next; leave it out",
+    **dict.fromkeys(
+        ("eval_accumulation_steps", "include_num_input_tokens_seen", "prediction_loss_only", "torch_empty_cache_steps"),
+        NO_EFFECT,
+    ),
+}
 
 
 @dataclass
@@ -26,8 +36,8 @@ class SingleStepPPOConfig(TrainingArguments):
     `logging_nan_inf_filter` False, `metric_for_best_model` judge_difference (without a judge reward_difference),
     `greater_is_better` True, `dataloader_drop_last` True,
     `remove_unused_columns` False, `resume_from_checkpoint` a bool, `ddp_find_unused_parameters` False, `use_cpu` where
-    there is no CUDA. Refused: gradient checkpointing (it loses the prefix), fp16 (Gemma overflows), gradient
-    accumulation (see `num_mini_batches`).
+    there is no CUDA. Refused by name: gradient checkpointing (it loses the prefix), fp16 (Gemma overflows), gradient
+    accumulation (see `num_mini_batches`), and what has no effect or cannot work here.
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
@@ -67,10 +77,15 @@ class SingleStepPPOConfig(TrainingArguments):
         default="none",
         metadata={"help": "The ratio of the whole response, or its mean a token.", "choices": ["none", "mean"]},
     )
-    vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
-    value_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the value head."})
+    value_learning_rate: float = field(
+        default=3e-2, metadata={"help": "Learning rate of the value head, times the model's hidden size."}
+    )
     value_warmup_batches: int = field(
-        default=1, metadata={"help": "Rollout batches that fit the value head before the prefix moves."}
+        default=2,
+        metadata={
+            "help": "Replies of the hard prompt to each of a batch's contexts, before the prefix moves: they give the "
+            "rewards their unit and fit the value head."
+        },
     )
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, a token."})
     target_kl: float | None = field(
@@ -85,12 +100,21 @@ class SingleStepPPOConfig(TrainingArguments):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "A weight for each of several rewards; 1 each by default."}
     )
+    scale_rewards: bool = field(
+        default=True,
+        metadata={
+            "help": "Count rewards in spreads of the hard prompt's replies (from the warm-up's), 0 being their mean."
+        },
+    )
     kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the hard prompt, in nats a response."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over the global batch."})
     missing_eos_penalty: float = field(default=1.0, metadata={"help": "Taken from a reply that does not end."})
-    reward_clip: float | None = field(default=None, metadata={"help": "Scores are clamped to plus and minus this."})
+    reward_clip: float | None = field(
+        default=None, metadata={"help": "Rewards, scaled, are clamped to plus and minus this."}
+    )
 
     def __post_init__(self):
+        check_settings(self, REFUSED)
         if self.gradient_checkpointing or self.activation_checkpointing:
             raise InputError("gradient_checkpointing does not work with a prefix: leave it off, raise num_mini_batches")
         if self.fp16:
@@ -100,17 +124,44 @@ class SingleStepPPOConfig(TrainingArguments):
         _require(self.ratio_norm in ("none", "mean"), "ratio_norm", "none or mean", self.ratio_norm)
         _require(self.temperature > 0, "temperature", "above 0", self.temperature)
         _require(0 < self.cliprange < 1, "cliprange", "between 0 and 1", self.cliprange)
-        for name in ("max_completion_length", "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size"):
+        for name in ("max_completion_length", "num_ppo_epochs", "num_mini_batches"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("value_learning_rate", "value_warmup_batches"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        sampling = self.train_sampling_strategy
+        _require(sampling in ("random", "sequential"), "train_sampling_strategy", "random or sequential", sampling)
+        rising = self.one_cycle_pct_start
+        _require(rising is None or 0 <= rising <= 1, "one_cycle_pct_start", "between 0 and 1", rising)
+        if rising is not None and (self.lr_scheduler_type != "constant" or self.warmup_steps):
+            raise InputError(
+                "one_cycle_pct_start is a schedule of its own: leave lr_scheduler_type and warmup_steps out"
+            )
         if self.num_mini_batches > self.per_device_train_batch_size:
             raise InputError(
                 f"num_mini_batches is {self.num_mini_batches}, more than the {self.per_device_train_batch_size} "
                 "contexts of an iteration (per_device_train_batch_size)"
             )
+        if self.scale_rewards and self.value_warmup_batches < 1:
+            raise InputError(
+                "scale_rewards takes its unit from the warm-up: value_warmup_batches must be at least 1, got "
+                f"{self.value_warmup_batches}; or set scale_rewards false"
+            )
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         chosen = self.metric_for_best_model
         super().__post_init__()
+        if self.mixed_precision != "no":
+            raise InputError(
+                f"mixed_precision must be no, got {self.mixed_precision} (of bf16, or of accelerate's config): what is "
+                "sampled would be scored otherwise; dtype bfloat16 loads the model in it, accelerate launch "
+                "--mixed_precision no turns the other off"
+            )
+        check_schedule(self)
         self.metric_for_best_model = chosen  # transformers puts the loss in, which no evaluation here measures
+
+    @property
+    def updates(self) -> int:
+        """Updates of the prefix in an iteration."""
+        return self.num_ppo_epochs * self.num_mini_batches
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:

@@ -8,6 +8,7 @@ import pandas as pd
 from datasets import Dataset
 
 from h2s.ppo.contexts import check_columns
+from h2s.ppo.value_head import ValueHead
 from h2s.prefix.adapter import load_weights
 from h2s.prefix.generation import Sampling
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
@@ -26,11 +27,13 @@ class EvaluatedPolicy(WholeCheckpoints):
         policy: what is trained.
         scorers: what scores replies: `reward`, and `judge` if there is one.
         sampling: how replies are drawn, as in training.
+        value_head: the other thing that is trained.
     """
 
     policy: PrefixTuningPolicyModel
     scorers: dict[str, RewardFunctions]
     sampling: Sampling
+    value_head: ValueHead
     control: Any
 
     def compare(self, contexts: Dataset) -> pd.DataFrame:
@@ -64,12 +67,13 @@ class EvaluatedPolicy(WholeCheckpoints):
         folder, first = Path(output_dir or self.args.output_dir), self.args.should_save
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save_pretrained(folder, is_main_process=first)
-        self.model.save_value_head(folder, is_main_process=first)
+        if first:
+            self.value_head.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """The counterpart of `save_model`."""
         load_weights(self.policy.model, resume_from_checkpoint)
-        self.model.load_value_head(resume_from_checkpoint)
+        self.value_head.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         """The best adapter lies at the run's root."""

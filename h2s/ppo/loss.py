@@ -100,15 +100,6 @@ def policy_loss(
     return loss, ratio.detach(), (clipped > unclipped).detach()
 
 
-def value_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
-    """0.5 (V - R)^2, a mean over the responses: (B,), (B,) -> scalar.
-
-    One without a return (NaN) counts 0, as in `policy_loss`: a mean over the others would weigh each by how many share
-    its process and mini-batch.
-    """
-    return 0.5 * torch.where(returns.isnan(), 0.0, values - returns).square().mean()
-
-
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
     """1 - Var(R - V) / Var(R): 1 is a perfect value head, 0 one that predicts a constant. NaN where R is constant.
 

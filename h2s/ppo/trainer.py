@@ -10,7 +10,7 @@ checkpoint always lies between iterations.
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl.models import unwrap_model_for_generation
 
+from h2s.data.splits import conversations_in
 from h2s.errors import InputError, RunError
 from h2s.ppo.config import SingleStepPPOConfig
 from h2s.ppo.contexts import as_columns, check_run, encode_contexts, selection_metric
@@ -33,22 +33,21 @@ from h2s.ppo.loss import (
     kl_to_reference,
     masked_mean,
     policy_loss,
-    value_loss,
     whiten,
 )
-from h2s.ppo.policy import PolicyWithValueHead, Rollout
+from h2s.ppo.rollout import MiniBatch, Replies, Rollout
+from h2s.ppo.value_head import ValueHead
 from h2s.prefix.adapter import soft_prefix
 from h2s.prefix.generation import Batch, Sampling
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
+from h2s.report.intervals import between_share
 from h2s.reward.functions import RewardFunction, RewardFunctions, reward_columns
 from h2s.run.checkpoints import ChooseAnewElsewhere, EvaluateLastStep, LogBeforeSaving
 
 logger = logging.getLogger(__name__)
 
-VALUE_WARMUP_UPDATES = 20
 REMEDY = "lower learning_rate or raise kl_coef"
-# How far the first pass's ratio may lie from 1: float32 sums differ by 1e-5, bf16 ones by more.
-RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+RATIO_TOLERANCE = 1e-3  # the same rows in the same padding are scored alike, in bfloat16 too
 NOT_PREFIX = (
     "peft_config is not taken: a new prefix would be random, with no prompt behind it and none in its reference. Give "
     "PrefixTuningPolicyModel.from_hard_prompt(…), which begins as the prompt, or an adapter made by it"
@@ -131,14 +130,19 @@ class SingleStepPPOTrainer(EvaluatedPolicy):
         train_dataset = encode_contexts(train_dataset, "train_dataset", self.policy, length)
         if eval_dataset is not None:
             eval_dataset = encode_contexts(eval_dataset, "eval_dataset", self.policy, length)
+        # What made its rewards and its judge made it too.
+        seen = [*conversations_in(train_dataset, eval_dataset), *(c for s in self.scorers.values() for c in s.seen)]
+        self.policy.prefix = self.policy.prefix.having_seen(seen)
         args.metric_for_best_model = selection_metric(args, self.scorers)
         self.sampling = Sampling(args.max_completion_length, args.temperature)
         self.optimizer: Any  # a torch optimizer, then Accelerate's wrapper of it
         self.policy.add_hard_prompt()
         # Loading draws random numbers: what was loaded here, and what before, makes no difference to the value head.
         set_seed(args.seed)
+        hidden_size = self.policy.model.get_base_model().config.get_text_config().hidden_size
+        self.value_head = ValueHead(hidden_size).to(args.device)
         super().__init__(
-            model=PolicyWithValueHead(self.policy.model, args.temperature),
+            model=self.policy.module,
             args=args,
             data_collator=as_columns,
             train_dataset=train_dataset,
@@ -151,10 +155,8 @@ class SingleStepPPOTrainer(EvaluatedPolicy):
     # ---- what is trained ----
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with two groups: the prefix and the value head, each with its own learning rate."""
-        head = list(self.model.value_head.parameters())
-        prefix = [soft_prefix(self.policy.model)]
-        self.optimizer = self.adamw((prefix, self.args.learning_rate), (head, self.args.value_learning_rate))
+        """AdamW on the prefix; the value head has its own."""
+        self.optimizer = self.adamw(([soft_prefix(self.policy.model)], self.args.learning_rate))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -163,7 +165,7 @@ class SingleStepPPOTrainer(EvaluatedPolicy):
             return super().create_scheduler(num_training_steps, optimizer)
         self.lr_scheduler = OneCycleLR(
             self.optimizer.optimizer,  # Accelerate's wrapper is no torch optimizer
-            max_lr=[self.args.learning_rate, self.args.value_learning_rate],
+            max_lr=self.args.learning_rate,
             total_steps=num_training_steps + 1,
             pct_start=self.args.one_cycle_pct_start,
             cycle_momentum=False,
@@ -179,21 +181,17 @@ class SingleStepPPOTrainer(EvaluatedPolicy):
         if self.state.global_step == 0:
             # Ranks hold different contexts: they shall not draw the same random numbers for them.
             set_seed(self.args.seed, device_specific=True)
-            self._warm_up_value_head()
-        rollout = self._roll_out(inputs)
+            self._warm_up(model)
+        rollout = self._roll_out(model, inputs)
         if self.accelerator.gather(rollout.returns.isnan()).all():
             return torch.zeros((), device=self.accelerator.device)  # not even Adam's momentum or weight decay moves it
-        return self._update(model, rollout)
+        loss = self._update(model, rollout)
+        self._fit_value_head(rollout.last_prompt, rollout.returns)
+        return loss
 
-    def _roll_out(self, inputs: dict[str, list], record: bool = True) -> Rollout:
-        args, device = self.args, self.accelerator.device
-        # 1. Sample a completion a prompt.
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator):
-            completions = self.policy.complete(inputs["prompt_ids"], self.sampling)
-        batch = Batch.from_rows(self.processing_class, inputs["prompt_ids"], completions, device)
-        mask = batch.completion_mask  # (B, T)
-
-        # 2. Score the texts.
+    def _reply(self, inputs: dict[str, list]) -> Replies:
+        """Sample a completion a prompt under the active prefix, and have the texts scored."""
+        completions = self.policy.complete(inputs["prompt_ids"], self.sampling)
         texts = [self.policy.decode(completion) for completion in completions]
         values = self.rewards(
             inputs["prompt"],
@@ -203,144 +201,169 @@ class SingleStepPPOTrainer(EvaluatedPolicy):
             self.state,
             self.iterations.log_extra,
             self.iterations.log_metric,
-        ).to(device)  # (B, F)
+        ).to(self.accelerator.device)  # (B, F)
         scores = self.rewards.total(values)  # (B,), NaN where all left the reply out
-        everyone = self.accelerator.gather(scores)
-        problem = f"the reward of a reply is not finite: {everyone.tolist()}"
+        problem = f"the reward of a reply is not finite: {self.accelerator.gather(scores).tolist()}"
         self.check_finite(problem, values.nan_to_num(nan=0.0, posinf=math.inf))
-        clipped = scores if args.reward_clip is None else scores.clamp(-args.reward_clip, args.reward_clip)
-        unfinished = torch.tensor([c[-1] not in self.policy.stop_ids for c in completions], device=device)
+        batch = Batch.from_rows(self.processing_class, inputs["prompt_ids"], completions, scores.device)
+        unfinished = torch.tensor([c[-1] not in self.policy.stop_ids for c in completions], device=scores.device)
+        return Replies(batch, texts, values, scores, unfinished)
 
-        # 3. Log-probabilities under the policy and under the hard prompt, values of the contexts.
-        scored = self.model.score(batch, args.num_mini_batches)
+    def _returns(self, scores: torch.Tensor, unfinished: torch.Tensor, kl: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """The reward that is optimised, (B,): NaN for a reply that was left out."""
+        args = self.args
+        rewards = self.value_head.in_units(scores)
+        if args.reward_clip is not None:
+            rewards = rewards.clamp(-args.reward_clip, args.reward_clip)
+        return rewards - args.kl_coef * kl - args.missing_eos_penalty * unfinished
 
-        # 4. The reward that is optimised, and one advantage a response; 0 for one that was left out.
-        kl = kl_to_reference(scored.logps, scored.ref_logps, mask)  # (B,)
+    def _score(self, model, batch: Batch, with_graph: bool) -> list[MiniBatch]:
+        """Log-probabilities under both prompts, in the mini-batches that the updates will be made on."""
+        parts = []
+        order = torch.randperm(len(batch.input_ids)).to(batch.input_ids.device)
+        for rows in order.tensor_split(self.args.num_mini_batches):  # chunk may give fewer
+            part = batch.rows(rows)
+            with torch.set_grad_enabled(with_graph):
+                logps, entropy, last_prompt = model(*part, self.args.temperature)
+            with torch.no_grad(), self.policy.hard_prompt_active():
+                ref_logps = self.policy.module(*part, self.args.temperature)[0]
+            parts.append(MiniBatch(rows, part, logps, entropy, ref_logps, last_prompt))
+        return parts
+
+    def _roll_out(self, model, inputs: dict[str, list]) -> Rollout:
+        """1. Sample and score, 2. measure the KL, 3. one advantage a response; 0 for one that was left out."""
+        args, log = self.args, self.iterations
+        replies = self._reply(inputs)
+        parts = self._score(model, replies.batch, with_graph=args.updates == 1)
+        self.check_finite(f"the log-probabilities are not finite: {REMEDY}", *(p.logps for p in parts))
+
+        by_row = torch.cat([part.rows for part in parts]).argsort()
+        kl = torch.cat([kl_to_reference(p.old_logps, p.ref_logps, p.mask) for p in parts])[by_row]  # (B,)
+        last_prompt = torch.cat([part.last_prompt for part in parts])[by_row]  # (B, H)
         self.check_finite(f"the KL to the hard prompt is not finite: {REMEDY}", kl)
-        returns = clipped - args.kl_coef * kl - args.missing_eos_penalty * unfinished
-        advantages = returns - scored.values
+
+        with torch.no_grad():
+            values = self.value_head(last_prompt)
+        returns = self._returns(replies.scores, replies.unfinished, kl)
+        advantages = returns - values
         if args.whiten_advantages:
             together = self.accelerator.gather(advantages)
             advantages = whiten(advantages, together[~together.isnan()])
         advantages = advantages.nan_to_num(nan=0.0)
-        lengths = mask.sum(1).float()
-        mean_length = self.accelerator.gather(lengths).mean().item()
+        lengths = replies.batch.completion_mask.sum(1).float()
 
-        if record:
-            log = self.iterations
-            log.add_rewards(values, everyone)
-            log.add("objective/kl", kl)
-            log.add("objective/kl_k3_per_token", k3_per_token(scored.logps, scored.ref_logps, mask))
-            log.add("objective/returns", returns)
-            log.add("policy/entropy", masked_mean(scored.entropy, mask))
-            log.add("completions/mean_length", lengths)
-            log.add("completions/clipped_ratio", unfinished.float())
-            pairs = self.accelerator.gather(torch.stack([scored.values, returns]).T.contiguous())
-            log.metrics["val/explained_variance"].append(explained_variance(pairs[:, 0], pairs[:, 1]))
-            columns = {
-                "prompt": inputs["prompt"],
-                "completion": texts,
-                "score": scores.tolist(),
-                "kl": kl.tolist(),
-                "advantage": advantages.tolist(),
-            }
-            log.write_completions(Path(args.output_dir), self.state.global_step + 1, columns, values)
-        self.iterations.forget_extras()
-        return Rollout(batch, scored.logps, returns, advantages, mean_length, scored.last_prompt)
+        log.add_rewards(replies.values, self.accelerator.gather(replies.scores))
+        log.add("objective/kl", kl)
+        log.add("objective/kl_k3_per_token", torch.cat([k3_per_token(p.old_logps, p.ref_logps, p.mask) for p in parts]))
+        log.add("objective/returns", returns)
+        log.add("policy/entropy", torch.cat([masked_mean(p.entropy.detach(), p.mask) for p in parts]))
+        log.add("completions/mean_length", lengths)
+        log.add("completions/clipped_ratio", replies.unfinished.float())
+        log.add("val/saturated", self.value_head.saturated(last_prompt).detach())
+        pairs = self.accelerator.gather(torch.stack([values, returns]).T.contiguous())
+        log.metrics["val/explained_variance"].append(explained_variance(pairs[:, 0], pairs[:, 1]))
+        columns = {
+            "prompt": inputs["prompt"],
+            "completion": replies.texts,
+            "score": replies.scores.tolist(),
+            "kl": kl.tolist(),
+            "advantage": advantages.tolist(),
+        }
+        log.write_completions(Path(args.output_dir), self.state.global_step + 1, columns, replies.values)
+        log.forget_extras()
+        return Rollout(parts, returns, advantages, self.accelerator.gather(lengths).mean().item(), last_prompt)
 
     def _update(self, model, rollout: Rollout) -> torch.Tensor:
-        """5. Several epochs of clipped updates on the rollout batch."""
-        args, losses = self.args, []
-        for index, first_pass in self._mini_batches(len(rollout.returns)):
-            part = rollout.batch.rows(index)
-            mask = part.completion_mask
-            old_logps = rollout.old_logps[index, : mask.shape[1]]
-            logps, entropy, values = model(part.input_ids, part.attention_mask, mask)
+        """4. Several epochs of clipped updates on the rollout's mini-batches."""
+        args, log, losses = self.args, self.iterations, []
+        for number, part in enumerate(rollout.parts * args.num_ppo_epochs):
+            logps, entropy = part.logps, part.entropy  # with their graph, where this is the only update
+            if args.updates > 1:
+                logps, entropy, _ = model(*part.batch, args.temperature)
             approx_kl = self.accelerator.reduce(
-                approx_kl_per_token(logps, old_logps, mask).mean().detach(), reduction="mean"
+                approx_kl_per_token(logps, part.old_logps, part.mask).mean().detach(), reduction="mean"
             ).item()
-            self.iterations.metrics["policy/approxkl"].append(approx_kl)
-            # The same number on every rank, so all leave together. The first pass differs by rounding alone.
-            if not first_pass and args.target_kl is not None and approx_kl > args.target_kl:
-                self.iterations.metrics["policy/early_stop"].append(1.0)
+            log.metrics["policy/approxkl"].append(approx_kl)
+            # The same number on every rank, so all leave together.
+            if args.target_kl is not None and approx_kl > args.target_kl:
+                log.metrics["policy/early_stop"].append(1.0)
                 break
-            pg_loss, ratio, clipped = policy_loss(
-                logps, old_logps, mask, rollout.advantages[index], args.cliprange, args.ratio_norm, rollout.mean_length
+            advantages = rollout.advantages[part.rows]
+            loss, ratio, clipped = policy_loss(
+                logps, part.old_logps, part.mask, advantages, args.cliprange, args.ratio_norm, rollout.mean_length
             )
-            vf_loss = value_loss(values, rollout.returns[index])
-            bonus = (masked_mean(entropy, mask) * ~rollout.returns[index].isnan()).mean()
-            loss = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * bonus
+            log.add("loss/policy", loss.detach())
+            learnt_from = ~rollout.returns[part.rows].isnan()
+            loss = loss - args.entropy_coef * (masked_mean(entropy, part.mask) * learnt_from).mean()
             self.check_finite(f"the loss is {loss.item()}: {REMEDY}", loss)
             norm = self._apply(loss)
-            if first_pass:
+            if number == 0:
                 # Advantages of 0 (a sparse reward, say) have no gradient, and need none.
-                self._check_first_pass(ratio, norm, bool(rollout.advantages[index].any()))
-            self.iterations.add("policy/clipfrac", clipped.float())
-            self.iterations.add("loss/policy", pg_loss.detach())
-            self.iterations.add("loss/value", vf_loss.detach())
+                self._check_first_update(ratio, norm, bool(advantages.any()))
+            log.add("policy/clipfrac", clipped.float())
             losses.append(loss.detach())
         else:  # no break
             if args.target_kl is not None:
-                self.iterations.metrics["policy/early_stop"].append(0.0)
-        self.check_finite(f"an update broke the prefix: {REMEDY}", *(p for p in model.parameters() if p.requires_grad))
+                log.metrics["policy/early_stop"].append(0.0)
+        self.check_finite(f"an update broke the prefix: {REMEDY}", soft_prefix(self.policy.model))
         return torch.stack(losses).mean()
 
-    def _mini_batches(self, rows: int) -> Iterator[tuple[torch.Tensor, bool]]:
-        """Row indices of each update, and whether no update of this iteration came before it."""
-        first = True
-        for _ in range(self.args.num_ppo_epochs):
-            order = torch.randperm(rows).to(self.accelerator.device)
-            for index in order.tensor_split(self.args.num_mini_batches):  # chunk may give fewer
-                yield index, first
-                first = False
-
     def _apply(self, loss: torch.Tensor) -> float:
-        """Backward, clip each group by itself, step, leave no gradient (Adam skips what has none).
+        """Backward, clip, step, leave no gradient (Adam skips what has none).
 
         Returns:
             The norm of the prefix's gradient before clipping.
         """
         self.accelerator.backward(loss)
-        prefix_group, value_group = self.optimizer.param_groups
         largest = self.args.max_grad_norm or math.inf  # 0 is no clipping, as Trainer has it
-        norm = float(self.accelerator.clip_grad_norm_(prefix_group["params"], largest))
+        norm = float(self.accelerator.clip_grad_norm_([soft_prefix(self.policy.model)], largest))
         self.iterations.metrics["policy/grad_norm"].append(norm)
-        self.accelerator.clip_grad_norm_(value_group["params"], largest)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _warm_up_value_head(self) -> None:
-        """Fit the value head to a few rollout batches before the prefix moves; it costs no step of the prefix.
-
-        The head alone is run, on what all ranks gathered: they stay equal without DDP.
-        """
-        args = self.args
-        contexts = args.per_device_train_batch_size * args.world_size
-        generator = torch.Generator().manual_seed(args.seed)  # the same on every rank, each takes its share
-        for _ in range(args.value_warmup_batches):
-            chosen = torch.randperm(len(self.train_dataset), generator=generator)[:contexts].tolist()
-            rollout = self._roll_out(self.train_dataset[chosen[args.process_index :: args.world_size]], record=False)
-            hidden, returns = self.accelerator.gather(rollout.last_prompt), self.accelerator.gather(rollout.returns)
-            hidden, returns = hidden[~returns.isnan()], returns[~returns.isnan()]
-            if not len(returns):  # rewards left out every reply
-                continue
-            with torch.no_grad():
-                # From 0 the way to the mean would push every unit of the head to one side, where it learns no more.
-                self.model.value_head.out.bias.add_((returns - self.model.value_head(hidden)).mean())
-            for _ in range(VALUE_WARMUP_UPDATES):
-                value_loss(self.model.value_head(hidden), returns).backward()
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-
-    def _check_first_pass(self, ratio: torch.Tensor, norm: float, gradient_expected: bool) -> None:
+    def _check_first_update(self, ratio: torch.Tensor, norm: float, gradient_expected: bool) -> None:
         if self.state.global_step == 0 and norm == 0 and gradient_expected:
             raise RunError("the prefix has no gradient at the first update")
         self.iterations.add("val/ratio", ratio)
         error = (ratio - 1).abs().max().item()
-        tolerance = RATIO_TOLERANCE.get(self.policy.model.get_base_model().dtype, 0.2)
-        if error > tolerance:
-            logger.warning("the first pass's ratio is %.3g away from 1, more than %g", error, tolerance)
+        if error > RATIO_TOLERANCE:
+            logger.warning("the first update's ratio is %.3g away from 1, more than %g", error, RATIO_TOLERANCE)
+
+    # ---- the value head ----
+
+    def _warm_up(self, model) -> None:
+        """Measure the rewards on the hard prompt's replies, and fit the value head to their returns.
+
+        It costs no step of the prefix. The same contexts are answered each time, which tells how much of the rewards'
+        variance lies between contexts: the most that a value head can explain.
+        """
+        args, drawn = self.args, []
+        contexts = args.per_device_train_batch_size * args.world_size
+        generator = torch.Generator().manual_seed(args.seed)  # the same on every rank, each takes its share
+        chosen = torch.randperm(len(self.train_dataset), generator=generator)[:contexts].tolist()
+        inputs = self.train_dataset[chosen[args.process_index :: args.world_size]]
+        for _ in range(args.value_warmup_batches):
+            with torch.no_grad(), self.policy.hard_prompt_active():
+                replies = self._reply(inputs)
+                order = torch.arange(len(replies.texts), device=replies.scores.device)
+                parts = [replies.batch.rows(rows) for rows in order.tensor_split(args.num_mini_batches)]
+                hidden = torch.cat([model(*part)[2] for part in parts])
+            drawn.append((hidden, replies.scores, replies.unfinished))
+            self.iterations.forget_extras()
+        if drawn:
+            hidden, scores, unfinished = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+            by_context = self.accelerator.gather(scores.view(len(drawn), -1).T.contiguous())  # (B * world_size, k)
+            for end, value in zip(("", "_low", "_high"), between_share(by_context.cpu().numpy()), strict=True):
+                self.iterations.metrics[f"val/rho{end}"].append(value)
+            if args.scale_rewards:
+                self.value_head.measure_rewards(by_context.flatten())
+            self._fit_value_head(hidden, self._returns(scores, unfinished))
+
+    def _fit_value_head(self, hidden: torch.Tensor, returns: torch.Tensor) -> None:
+        """On what all ranks gathered, so that their heads stay equal without DDP."""
+        gather = self.accelerator.gather
+        self.value_head.fit(gather(hidden), gather(returns), self.args.value_learning_rate)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of what the iterations recorded since the last line."""

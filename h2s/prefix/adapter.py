@@ -4,6 +4,7 @@ Prefix tuning (Li and Liang 2021, arXiv 2101.00190) trains keys and values in fr
 prompt's own keys and values there makes the start of training exactly the hard prompt.
 """
 
+import hashlib
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,10 @@ from peft import (
     TaskType,
     get_peft_model,
     initialize_kv_prefix_from_past_key_values,
-    load_peft_weights,
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from h2s.errors import InputError, in_short
@@ -29,6 +30,7 @@ from h2s.models import LOADING_ERRORS, load_config, model_source, tensor_shapes
 from h2s.prefix.chat_template import ChatPrefix
 
 SOFT, HARD = "default", "hard_prompt"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def random_prefix(base: PreTrainedModel, num_virtual_tokens: int, revision: str | None = None) -> PeftModel:
@@ -50,10 +52,15 @@ def prefix_from_hard_prompt(base: PreTrainedModel, token_ids: list[int], revisio
     Returns:
         The PEFT model, its prefix float32 whatever the base's dtype.
     """
-    cache = prefill(base, token_ids)
     model = random_prefix(base, len(token_ids), revision)
-    initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+    fill_with_tokens(model, token_ids)
     return model
+
+
+def fill_with_tokens(model: PeftModel, token_ids: list[int], adapter: str = SOFT) -> None:
+    """Make a prefix of the model equal to the given tokens, as the model in its present dtype reads them."""
+    cache = prefill(model.get_base_model(), token_ids)
+    initialize_kv_prefix_from_past_key_values(model, adapter_name=adapter, past_key_values=cache)
 
 
 @torch.no_grad()
@@ -71,11 +78,10 @@ def prefill(base: PreTrainedModel, token_ids: list[int]) -> DynamicCache:
 
 def add_hard_prompt(model: PeftModel, token_ids: list[int]) -> None:
     """Add the hard prompt as a second, frozen prefix: the reference policy costs no second model."""
-    cache = prefill(model.get_base_model(), token_ids)
     soft = model.peft_config[SOFT]
     config = PrefixTuningConfig(task_type=soft.task_type, num_virtual_tokens=len(token_ids), prefix_projection=False)
     model.add_adapter(HARD, config)
-    initialize_kv_prefix_from_past_key_values(model, adapter_name=HARD, past_key_values=cache)
+    fill_with_tokens(model, token_ids, HARD)
     model.prompt_encoder[HARD].requires_grad_(False)
     model.set_adapter(SOFT)
 
@@ -98,6 +104,11 @@ def soft_prefix(model: PeftModel) -> torch.nn.Parameter:
 def hard_prefix(model: PeftModel) -> torch.nn.Parameter:
     """The frozen hard prompt beside it (`add_hard_prompt`), of the same shape."""
     return model.prompt_encoder[HARD].embedding.weight
+
+
+def fingerprint(model: PeftModel) -> str:
+    """Of the soft prefix's bytes: whether it is still the one that was converted."""
+    return hashlib.sha256(soft_prefix(model).detach().cpu().numpy().tobytes()).hexdigest()
 
 
 def save_adapter(
@@ -129,7 +140,7 @@ def read_adapter_config(folder: str | Path, task_type: TaskType, **download: Any
     """
     kind = "reward" if task_type == TaskType.SEQ_CLS else "policy"
     expected = f"{folder} is not a {kind} adapter made by h2s"
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", ADAPTER_WEIGHTS):
         if not (Path(folder) / name).is_file():
             raise InputError(f"{expected}: there is no {name} in it")
     try:
@@ -138,7 +149,7 @@ def read_adapter_config(folder: str | Path, task_type: TaskType, **download: Any
         raise InputError(f"{expected}: {in_short(error)}") from error
     if config.peft_type != PeftType.PREFIX_TUNING or config.task_type != task_type:
         raise InputError(f"{expected}: it is a {config.peft_type} adapter for {config.task_type}")
-    found = tensor_shapes(Path(folder) / "adapter_model.safetensors").get("prompt_embeddings")
+    found = tensor_shapes(Path(folder) / ADAPTER_WEIGHTS).get("prompt_embeddings")
     base = model_source(config.base_model_name_or_path)
     layers, width = prefix_sizes(load_config(base, config.revision, **download))
     fits = (config.num_virtual_tokens, 2 * layers * width)
@@ -169,7 +180,7 @@ def load_weights(model: PeftModel, folder: str | Path) -> None:
         InputError: the weights are of another shape, or the file is damaged.
     """
     try:
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=SOFT)
+        set_peft_model_state_dict(model, load_file(Path(folder) / ADAPTER_WEIGHTS), adapter_name=SOFT)
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:  # RuntimeError: torch's, of a shape
         raise InputError(f"the adapter in {folder} does not fit this model: {in_short(error)}") from error
 

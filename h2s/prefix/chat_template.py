@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from h2s.data.messages import Messages, check_unicode
+from h2s.data.splits import UNKNOWN
 from h2s.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class ChatPrefix:
         token_ids: its P tokens as they stand in a whole rendering, one virtual token each. (Tokenised alone, the text
             may come out otherwise: some tokenizers join the newlines at its end.)
         chat_template_kwargs: settings of the model's own template, such as Qwen 3's `enable_thinking`.
+        start: the fingerprint of the soft prefix when it was converted (`h2s.prefix.adapter.fingerprint`).
+        seen: ids of the conversations that trained or selected the adapter, its rewards and its judges.
     """
 
     hard_prompt: str
@@ -55,11 +58,17 @@ class ChatPrefix:
     text: str
     token_ids: list[int]
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    seen: list[str] = field(default_factory=list)
 
     @property
     def first_role(self) -> str:
         """The role that a conversation must begin with."""
         return "user" if self.opening_messages[-1]["role"] == "system" else "assistant"
+
+    def having_seen(self, conversations: Iterable[str]) -> "ChatPrefix":
+        """The same with these ids beside those of the rounds before."""
+        return replace(self, seen=sorted({*self.seen, *conversations}))
 
     def save(self, folder: str | Path) -> None:
         """Write `h2s.json`."""
@@ -77,12 +86,16 @@ class ChatPrefix:
         if not file.is_file():
             raise InputError(f"{folder} is not a policy adapter made by h2s: it holds no {H2S_FILE}")
         try:
-            fields = {"chat_template_kwargs": {}} | json.loads(file.read_text(encoding="utf-8"))
+            fields = {"chat_template_kwargs": {}, "start": None, "seen": [UNKNOWN]} | json.loads(
+                file.read_text(encoding="utf-8")
+            )
             prefix = cls(**{name: fields[name] for name in cls.__dataclass_fields__})
             texts = [prefix.hard_prompt, prefix.text, prefix.first_role]
             if not all(isinstance(t, str) for t in texts) or not all(isinstance(i, int) for i in prefix.token_ids):
                 raise TypeError
-            if not isinstance(prefix.chat_template_kwargs, dict):
+            if not isinstance(prefix.chat_template_kwargs, dict) or not isinstance(prefix.seen, list):
+                raise TypeError
+            if not all(isinstance(conversation, str) for conversation in prefix.seen):
                 raise TypeError
             return prefix
         except (ValueError, LookupError, TypeError, RecursionError):

@@ -3,15 +3,15 @@
 Letters: B rows, P virtual tokens, T text tokens (prompt and completion), C completion tokens, H hidden, V vocabulary.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.kernels import ChunkedLogProbFunction
 
 from h2s.errors import InputError
@@ -43,7 +43,7 @@ class Sampling:
         return self.temperature > 0 and self.top_k == 0 and self.top_p == 1
 
     def generation_config(self, stop_ids: list[int], pad_id: int) -> GenerationConfig:
-        """The settings, explicit: what is left out would be the model's own (Gemma's keeps the top 64)."""
+        """The settings; what is left out is transformers' own default (see `without_own_settings`)."""
         greedy = self.temperature == 0
         chosen = {} if greedy else {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return GenerationConfig(
@@ -55,8 +55,7 @@ class Sampling:
         )
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Right-padded rows `[prompt, completion, pad…]`, which are always exact (left-padded ones are not).
 
     Attributes:
@@ -108,12 +107,14 @@ def generate(
     prompts: Sequence[list[int]],
     sampling: Sampling,
     stop_ids: list[int],
+    synced_gpus: bool = False,
     **generation_kwargs: Any,
 ) -> list[list[int]]:
-    """Draw one completion a prompt under the active prefix.
+    """Draw one completion a prompt under the active prefix: one batch, each row exactly as it would be alone.
 
-    `generate` pads on the left. That is exact only while prefix, padded prompt and completion fit into the sliding
-    window; beyond it the pads would push the prefix out, and prompts are generated in groups of equal length.
+    transformers pads on the left, between prefix and prompt: beyond a sliding window the pads would push the prefix
+    out of it. So prefix and prompts fill a cache padded on the right, whose rows are then turned until their pads come
+    first, before the prefix.
 
     Args:
         model: the base with its prefix.
@@ -121,29 +122,73 @@ def generate(
         prompts: token ids that follow the prefix.
         sampling: how completions are drawn.
         stop_ids: the tokens that end a completion.
+        synced_gpus: whether processes whose rows have ended go on with the others, as sharded weights need it.
         **generation_kwargs: of transformers' `generate`, beside those of `sampling`.
 
     Returns:
         Token ids a prompt, up to and including the first stop token.
     """
-    window = getattr(model.get_base_model().config.get_text_config(), "sliding_window", None)
+    base = model.get_base_model()
+    padded = tokenizer.pad({"input_ids": list(prompts)}, padding_side="right", return_tensors="pt").to(model.device)
+    rows, width = padded.input_ids.shape
     prefix_length = model.active_peft_config.num_virtual_tokens
-    longest = prefix_length + max(map(len, prompts)) + sampling.max_completion_length
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        groups[len(prompt) if window is not None and longest > window else 0].append(i)
-    completions: list[list[int]] = [[] for _ in prompts]
-    stops = set(stop_ids)
-    for group in groups.values():
-        rows = {"input_ids": [prompts[i] for i in group]}
-        padded = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
-        config = sampling.generation_config(stop_ids, tokenizer.pad_token_id)
-        others = config.update(**generation_kwargs)  # what is no setting of its own, such as a streamer
-        output = model.generate(**padded, generation_config=config, **others)
-        for i, row in zip(group, output[:, padded.input_ids.shape[1] :].tolist(), strict=True):
-            end = next((n for n, token in enumerate(row, start=1) if token in stops), len(row))
-            completions[i] = row[:end]
+    mask = torch.cat([padded.attention_mask.new_ones(rows, prefix_length), padded.attention_mask], dim=1)  # (B, P + T)
+    cache = full_cache(model, rows)
+    base.get_decoder()(input_ids=padded.input_ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    # What is cached already needs no tokens. The first of the prompt's own stands in, also for the pads: a repetition
+    # penalty then sees what it would see of the row alone.
+    ids = torch.cat([padded.input_ids[:, :1].expand(rows, prefix_length), padded.input_ids], dim=1)
+    ids = torch.where(mask.bool(), ids, padded.input_ids[:, :1])
+    turn = (torch.arange(prefix_length + width, device=model.device) - (mask == 0).sum(1, keepdim=True)) % mask.shape[1]
+    for layer in cache.layers:
+        index = turn[:, None, :, None].expand_as(layer.keys)
+        layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+    cache.crop(-1)  # the last token is for `generate`, which needs its logits
+    config = sampling.generation_config(stop_ids, tokenizer.pad_token_id)
+    others = config.update(**generation_kwargs)  # what is no setting of its own, such as a streamer
+    if (beams := config.num_beams or 1) > 1:
+        cache.batch_repeat_interleave(beams)
+    with without_own_settings(base):
+        output = base.generate(
+            ids.gather(1, turn),
+            attention_mask=mask.gather(1, turn),
+            past_key_values=cache,
+            generation_config=config,
+            synced_gpus=synced_gpus,
+            **others,
+        )
+    completions, stops = [], set(stop_ids)
+    for row in output[:, ids.shape[1] :].tolist():
+        end = next((n for n, token in enumerate(row, start=1) if token in stops), len(row))
+        completions.append(row[:end])
     return completions
+
+
+def full_cache(model: PeftModel, rows: int) -> DynamicCache:
+    """The active prefix for `rows` rows, in a cache whose every layer keeps all that comes.
+
+    `get_prompt` cuts sliding layers to their window; what it cut off no later token sees, and zeros stand there.
+    """
+    cache, length = DynamicCache(), model.active_peft_config.num_virtual_tokens
+    for number, layer in enumerate(model.get_prompt(1).layers):
+        keys, values = (
+            F.pad(x, (0, 0, length - x.shape[2], 0)).expand(rows, -1, -1, -1) for x in (layer.keys, layer.values)
+        )
+        cache.update(keys, values, number)
+    return cache
+
+
+@contextmanager
+def without_own_settings(base: PreTrainedModel) -> Iterator[None]:
+    """Inside, `generate` takes nothing from the model's own generation config, such as a penalty or a cutoff.
+
+    It fills in whatever a config leaves open, and the log-probabilities would not know of it.
+    """
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A policy before its weights load: configuration, tokenizer and prefix, and contexts checked against them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from h2s.models import load_config, load_tokenizer, model_source, room_for_text
 from h2s.prefix.adapter import read_adapter_config
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
 from h2s.run.arguments import HardPromptArguments, read_hard_prompt
-from h2s.run.recipe import RECIPE_FILE, read_saved_section
+from h2s.run.settings import NO_DEVICE_MAP
 
 
 @dataclass
@@ -30,7 +30,6 @@ class OpenedPolicy:
         prefix: what the soft prefix stands for.
         adapter: the folder with the prefix's weights; None where it is still to be made from the hard prompt.
         download: `token` and `cache_dir`.
-        trained_on: the section `dataset` of the recipe that the adapter's run saved; empty where it saved none.
     """
 
     source: str
@@ -40,7 +39,6 @@ class OpenedPolicy:
     prefix: ChatPrefix
     adapter: str | None = None
     download: dict[str, Any] = field(default_factory=dict)
-    trained_on: dict[str, Any] = field(default_factory=dict)
 
     def encode(self, contexts: Sequence[Messages], max_completion_length: int) -> list[list[int]]:
         """The token ids that follow the prefix for each context; none is too long for a completion beside it.
@@ -64,6 +62,7 @@ def open_hard_prompt(
     Raises:
         InputError: the model or the prompt cannot be used.
     """
+    check_download(download)
     source = model_source(model)
     tokenizer = load_tokenizer(source, revision, **download)
     prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
@@ -82,14 +81,25 @@ def open_adapter(folder_or_hub_id: str | Path, revision: str | None = None, **do
     Raises:
         InputError: it is not a policy adapter made by h2s, or does not fit its base model.
     """
+    check_download(download)
     folder = adapter_folder(folder_or_hub_id, revision, **download)
     config = read_adapter_config(folder, TaskType.CAUSAL_LM, **download)
     prefix = ChatPrefix.load(folder)
     source, base_revision = model_source(config.base_model_name_or_path), config.revision
     base_config = load_config(source, base_revision, **download)
-    trained_on = read_saved_section(Path(folder) / RECIPE_FILE, "dataset")
     tokenizer = load_tokenizer(folder)
-    return OpenedPolicy(source, base_revision, base_config, tokenizer, prefix, folder, download, trained_on)
+    return OpenedPolicy(source, base_revision, base_config, tokenizer, prefix, folder, download)
+
+
+def check_download(download: Collection[str]) -> None:
+    """Check the names of further arguments, which transformers would swallow.
+
+    Raises:
+        InputError: one is neither `token` nor `cache_dir`.
+    """
+    for name in download:
+        if name not in ("token", "cache_dir"):
+            raise InputError(f"{name} is not taken" + (f": {NO_DEVICE_MAP}" if name == "device_map" else ""))
 
 
 def open_policy(arguments: HardPromptArguments, prefix_adapter: str | None = None) -> OpenedPolicy:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from h2s.prefix.adapter import (
     HARD,
     SOFT,
     add_hard_prompt,
+    fill_with_tokens,
+    fingerprint,
     hard_prompt_active,
     load_weights,
     prefix_from_hard_prompt,
@@ -27,8 +30,10 @@ from h2s.prefix.adapter import (
     save_adapter,
 )
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
-from h2s.prefix.generation import Sampling, decode, generate, seeded, stop_token_ids
-from h2s.prefix.opened import OpenedPolicy, encode_beside, open_adapter, open_hard_prompt
+from h2s.prefix.generation import Sampling, decode, seeded, stop_token_ids
+from h2s.prefix.opened import OpenedPolicy, check_download, encode_beside, open_adapter, open_hard_prompt
+from h2s.prefix.policy_module import PolicyModule
+from h2s.run.settings import NO_DEVICE_MAP
 
 # The prototype put these words in front of every question ("all right, the question is:").
 QUESTION_PREFIX = "好的，題目如下："
@@ -67,6 +72,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
 
     Attributes:
         model: the plain PEFT model; its adapter `default` is the soft prefix, trainable, float32.
+        module: what DDP or FSDP2 wrap, where the policy is trained by several processes.
         tokenizer: the plain transformers tokenizer, whose chat template leaves out what the prefix holds.
         prefix: what the prefix stood for at the start.
         stop_ids: the tokens that end a reply.
@@ -74,6 +80,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix):
         self.model = model
+        self.module = PolicyModule(model)
         self.tokenizer = tokenizer
         self.prefix = prefix
         self.stop_ids = stop_token_ids(model, tokenizer)
@@ -119,6 +126,9 @@ class PrefixTuningPolicyModel(SavedAdapter):
             return cls.load(opened, dtype, attn_implementation, device)
         if not isinstance(model, PreTrainedModel):
             raise InputError(f"model must be a name or a transformers model, got a {type(model).__name__}")
+        check_download(download)
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            raise InputError(f"the model lies on several devices by device_map: {NO_DEVICE_MAP}")
         if os.path.isdir(model.name_or_path):
             model.name_or_path = model_source(model.name_or_path)  # the adapter must find it from elsewhere too
         # A copy: its template is wrapped, and the caller's stays as it is.
@@ -126,7 +136,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
         prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
         wrap_chat_template(tokenizer, prefix)
         model = model.requires_grad_(False).eval().to(device or PartialState().device)
-        return cls(prefix_from_hard_prompt(model, prefix.token_ids, revision), tokenizer, prefix)
+        return cls._converted(model, tokenizer, prefix, revision)
 
     @classmethod
     def from_pretrained(
@@ -171,11 +181,21 @@ class PrefixTuningPolicyModel(SavedAdapter):
         base = load_base_model(opened.source, opened.revision, dtype, attn_implementation, **opened.download)
         base = base.to(device or PartialState().device)
         if opened.adapter is None:
-            model = prefix_from_hard_prompt(base, opened.prefix.token_ids, opened.revision)
-        else:
-            model = random_prefix(base, len(opened.prefix.token_ids), opened.revision)
-            load_weights(model, opened.adapter)
-        return cls(model, opened.tokenizer, opened.prefix)
+            return cls._converted(base, opened.tokenizer, opened.prefix, opened.revision)
+        model, prefix = random_prefix(base, len(opened.prefix.token_ids), opened.revision), opened.prefix
+        load_weights(model, opened.adapter)
+        if prefix.start == fingerprint(model):
+            # Nothing has trained it: converted again it equals the hard prompt in this model's dtype too.
+            fill_with_tokens(model, prefix.token_ids)
+            prefix = replace(prefix, start=fingerprint(model))
+        return cls(model, opened.tokenizer, prefix)
+
+    @classmethod
+    def _converted(
+        cls, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix, revision: str | None
+    ) -> "PrefixTuningPolicyModel":
+        model = prefix_from_hard_prompt(base, prefix.token_ids, revision)
+        return cls(model, tokenizer, replace(prefix, start=fingerprint(model)))
 
     def _save_files(self, folder: str | Path, is_main_process: bool = True) -> None:
         save_adapter(self.model, self.tokenizer, self.prefix, folder, is_main_process)
@@ -222,7 +242,8 @@ class PrefixTuningPolicyModel(SavedAdapter):
         self, prompt_ids: Sequence[list[int]], sampling: Sampling, **generation_kwargs: Any
     ) -> list[list[int]]:
         """Token ids of one completion a prompt, as `encode` gives them, up to and including the first stop token."""
-        return generate(self.model, self.tokenizer, prompt_ids, sampling, self.stop_ids, **generation_kwargs)
+        self.module.register_with_fsdp()
+        return self.module.sample(self.tokenizer, prompt_ids, sampling, self.stop_ids, **generation_kwargs)
 
     def decode(self, completion: list[int]) -> str:
         """A completion as text, without its stop token."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, f, t
 from statsmodels.regression.linear_model import OLS
 
 
@@ -18,6 +18,28 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str]) -> tuple[flo
         mean, lower and upper end. With a single conversation the interval is the mean itself: it says nothing.
     """
     return _least_squares(values, np.ones((len(values), 1)), clusters)[:3]
+
+
+def between_share(values: np.ndarray) -> tuple[float, float, float]:
+    """The share of the variance that lies between rows, with its 95% interval (Shrout and Fleiss 1979, ICC(1,1)).
+
+    Args:
+        values: k of each row, (N, k); rows with NaN are left out.
+
+    Returns:
+        share, lower and upper end; NaN where N or k is below 2 or nothing varies.
+    """
+    values = values[~np.isnan(values).any(axis=1)]
+    rows, k = values.shape
+    if rows < 2 or k < 2 or np.ptp(values) == 0:
+        return math.nan, math.nan, math.nan
+    between, within = k * values.mean(1).var(ddof=1), values.var(axis=1, ddof=1).mean()
+    if within == 0:
+        return 1.0, 1.0, 1.0
+    ratio, freedom = between / within, (rows - 1, rows * (k - 1))
+    ends = [ratio, ratio / f.ppf(0.975, *freedom), ratio * f.ppf(0.975, *freedom[::-1])]
+    share, low, high = ((end - 1) / (end + k - 1) for end in ends)
+    return float(share), float(low), float(high)
 
 
 def _least_squares(

@@ -20,7 +20,7 @@ from transformers import TrainerState
 
 from h2s.data.messages import Messages, as_messages, conversation_id
 from h2s.errors import RunError
-from h2s.prefix.generation import Batch, Sampling, completion_logps, seeded
+from h2s.prefix.generation import Batch, Sampling, seeded
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
 from h2s.reward.functions import RewardFunctions, reward_columns
 
@@ -127,9 +127,9 @@ def _answer_both(
     kls = [math.nan] * len(soft)
     if sampling.whole:
         batch = Batch.from_rows(policy.tokenizer, prompt_ids, soft, policy.model.device)
-        logps = completion_logps(policy.model, batch, sampling.temperature)[0]
+        logps = policy.module(*batch, sampling.temperature)[0]
         with policy.hard_prompt_active():
-            ref_logps = completion_logps(policy.model, batch, sampling.temperature)[0]
+            ref_logps = policy.module(*batch, sampling.temperature)[0]
         kls = (logps - ref_logps).sum(1).tolist()
     records = []
     for row, prompt, kl, *completions in zip(rows, prompts, kls, soft, hard, strict=True):

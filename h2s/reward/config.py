@@ -3,10 +3,33 @@
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import RewardConfig
 
 from h2s.errors import InputError
+from h2s.run.settings import NO_EFFECT, check_schedule, check_settings
+
+# Settings of TRL's and Trainer's that keep their default in this stage alone, and why.
+REFUSED = {
+    "activation_offloading": "it crashes with a prefix; leave it out",
+    "dataloader_num_workers": "the pairs are tokens already, workers would have nothing to do; leave it out",
+    "max_length": "it drops rows; max_tokens cuts them",
+    "trust_remote_code": "code that comes with a model is never run; leave it out",
+    **dict.fromkeys(
+        (
+            "chat_template_path",
+            "dataloader_drop_last",
+            "dataset_num_proc",
+            "eos_token",
+            "model_init_kwargs",
+            "pad_to_multiple_of",
+            "pad_token",
+            "train_sampling_strategy",
+        ),
+        NO_EFFECT,
+    ),
+}
 
 
 @dataclass
@@ -23,8 +46,8 @@ class RewardModelConfig(RewardConfig):
     tensorboard, `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix on BERT silently loses its
     gradient under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the
     collator needs the token types), `max_length` None (it would drop long rows; they are cut before),
-    `resume_from_checkpoint` a bool.
-    `train_sampling_strategy` has no say: the pairs of a conversation come one after the other.
+    `resume_from_checkpoint` a bool. Refused by name: what has no effect or cannot work here
+    (`train_sampling_strategy`, say: the pairs of a conversation come one after the other).
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder that holds the runs' folders."})
@@ -53,12 +76,20 @@ class RewardModelConfig(RewardConfig):
     )
 
     def __post_init__(self):
+        check_settings(self, REFUSED)
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise InputError(
+                "FSDP is not for stage 1, whose model fits a card: launch with accelerate_configs/multi_gpu.yaml"
+            )
+        if not self.head_learning_rate >= 0:
+            raise InputError(f"head_learning_rate must be at least 0, got {self.head_learning_rate}")
         if self.gradient_checkpointing or self.activation_checkpointing:
             raise InputError("gradient_checkpointing with a prefix silently trains the head alone: leave it off")
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
+        check_schedule(self)
         evaluated, saved = IntervalStrategy(self.eval_strategy).value, SaveStrategy(self.save_strategy).value
         steps = {"steps": (self.eval_steps, self.save_steps)}.get(evaluated, (None, None))
         if evaluated != "no" and saved != "best" and (saved != evaluated or steps[0] != steps[1]):

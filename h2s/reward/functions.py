@@ -27,7 +27,7 @@ from h2s.data.messages import Messages
 from h2s.errors import InputError
 from h2s.hub import adapter_folder
 from h2s.prefix.adapter import read_adapter_config
-from h2s.reward.model import RewardModel
+from h2s.reward.model import RewardModel, read_settings
 
 # (prompts=, completions=, completion_ids=, every other column, trainer_state=, log_extra=, log_metric=) -> a number or
 # None for each completion, which is a list of one message.
@@ -153,6 +153,17 @@ class RewardFunctions:
         left_out, infinite = values.isnan().all(dim=1), values.isinf().any(dim=1)
         total = (values * self.weights.to(values.device)).nansum(dim=1)
         return total.masked_fill(left_out, math.nan).masked_fill(infinite, math.inf)
+
+    @property
+    def seen(self) -> set[str]:
+        """The ids of the conversations that its reward models list, loaded or not; of functions nothing is known.
+
+        Raises:
+            InputError: an adapter's `h2s.json` is broken.
+        """
+        adapters = [f for f in self.functions if isinstance(f, str)]
+        models = [f for f in self.functions if isinstance(f, RewardModel)]
+        return {c for f in adapters for c in read_settings(f)["seen"]} | {c for f in models for c in f.seen}
 
     def cuts(self) -> Counter:
         """How many contexts and responses its reward models cut to what they take."""

@@ -7,7 +7,7 @@ Trained by TRL's `RewardTrainer` with the pairwise logistic loss of Bradley and 
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from h2s.data.messages import Messages, as_messages, conversation_id
+from h2s.data.splits import UNKNOWN
 from h2s.errors import InputError, in_short
 from h2s.hub import SavedAdapter, adapter_folder, write_card
 from h2s.models import LOADING_ERRORS, load_config, load_tokenizer, model_source
@@ -207,6 +208,25 @@ class PreferenceCollator:
         return BatchEncoding(indices | self.tokenizer.pad(features, return_tensors="pt").data)
 
 
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """A reward adapter's `h2s.json`: `max_tokens`, None where it sets no limit, and `seen`.
+
+    Raises:
+        InputError: it is not one.
+    """
+    file = Path(folder) / H2S_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings = {"max_tokens": None, "seen": [UNKNOWN]} | content
+        if not isinstance(settings["max_tokens"], int | None) or not isinstance(settings["seen"], list):
+            raise TypeError
+        if not all(isinstance(conversation, str) for conversation in settings["seen"]):
+            raise TypeError
+        return settings
+    except (ValueError, TypeError, RecursionError):
+        raise InputError(f"{file} does not describe a reward adapter") from None
+
+
 class RewardModel(SavedAdapter):
     """A trained reward model: score(context, response) -> one number, many pairs at once.
 
@@ -222,6 +242,7 @@ class RewardModel(SavedAdapter):
         tokenizer: the plain transformers tokenizer.
         max_tokens: text tokens of a context and its response.
         cuts: how many contexts and responses were cut to that.
+        seen: ids of the conversations that trained or selected it.
     """
 
     def __init__(
@@ -231,12 +252,14 @@ class RewardModel(SavedAdapter):
         max_tokens: int,
         batch_size: int = 64,
         name: str = "reward_model",
+        seen: Iterable[str] = (),
     ):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.batch_size = batch_size
         self.cuts: Counter = Counter()
+        self.seen = list(seen)
         self.__name__ = name  # what logs call it
 
     @classmethod
@@ -266,19 +289,19 @@ class RewardModel(SavedAdapter):
             model = AutoPeftModelForSequenceClassification.from_pretrained(
                 folder, num_labels=1, use_safetensors=True, trust_remote_code=False, **download
             )
-        file = Path(folder) / H2S_FILE
-        limit = json.loads(file.read_text(encoding="utf-8")).get("max_tokens") if file.is_file() else None
+        settings = read_settings(folder)
         base = load_config(config.base_model_name_or_path, **download)
-        max_tokens = max_text_tokens(base, tokenizer, config.num_virtual_tokens, limit)
+        max_tokens = max_text_tokens(base, tokenizer, config.num_virtual_tokens, settings["max_tokens"])
         name = Path(str(folder_or_hub_id)).name
-        return cls(model.to(device or PartialState().device), tokenizer, max_tokens, name=name)
+        model = model.to(device or PartialState().device)
+        return cls(model, tokenizer, max_tokens, name=name, seen=settings["seen"])
 
     def _save_files(self, folder: str | Path, is_main_process: bool = True) -> None:
         self.model.save_pretrained(folder, is_main_process=is_main_process)
         if not is_main_process:
             return
         self.tokenizer.save_pretrained(folder)
-        text = json.dumps({"max_tokens": self.max_tokens}, indent=2)
+        text = json.dumps({"max_tokens": self.max_tokens, "seen": self.seen}, indent=2)
         (Path(folder) / H2S_FILE).write_text(text + "\n", encoding="utf-8")
 
     def _write_card(self, folder: Path, report: str, source: str) -> None:

@@ -20,6 +20,7 @@ from transformers import (
 )
 from trl import RewardTrainer
 
+from h2s.data.splits import conversations_in
 from h2s.errors import InputError, RunError
 from h2s.models import load_tokenizer
 from h2s.prefix.adapter import load_weights, soft_prefix
@@ -166,7 +167,8 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
             processing_class=tokenizer,
             callbacks=[PrefixGradientCheck(), *(callbacks or []), LogBeforeSaving()],
         )
-        self.adapter = self.reward_model = RewardModel(peft_model, tokenizer, max_tokens)
+        seen = conversations_in(train_dataset, eval_dataset)
+        self.adapter = self.reward_model = RewardModel(peft_model, tokenizer, max_tokens, seen=seen)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """TRL's metrics of `eval_dataset`, or of judgements that are given, as `train_dataset` is."""

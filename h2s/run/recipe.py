@@ -16,6 +16,7 @@ import yaml
 from trl import TrlParser
 
 from h2s.errors import InputError, in_short
+from h2s.run.settings import NO_DEVICE_MAP
 
 SECTIONS = ("model", "dataset", "task")
 RECIPE_FILE = "recipe.yaml"  # in a run's folder: what was run
@@ -106,6 +107,8 @@ def parse_recipe(
 
 
 def _nearest(key: str, keys: Iterable[str], dashes: str = "") -> str:
+    if key.startswith("device_map"):
+        return f": {NO_DEVICE_MAP}"
     close = difflib.get_close_matches(key, keys, n=1)
     return f"; did you mean {dashes}{close[0]}?" if close else ""
 

@@ -129,3 +129,14 @@ def test_one_greeting_for_all_is_no_conversation():
     talks = [[greeting, {"role": "user", "content": f"Day {i}"}] for i in range(5)]
     assert len({conversation_id(t) for t in talks}) == 5
     assert conversation_id([*talks[0], ASSISTANT, USER]) == conversation_id(talks[0])
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["cafe\u0301 au lait,\nplease", "caf\u00e9 au lait,\r\nplease", " caf\u00e9  au\xa0lait,\r please\n"],
+    ids=["decomposed", "line ends of a workbook", "spaces"],
+)
+def test_one_text_written_in_two_ways_is_one_conversation(written):
+    """A sheet and a contexts file may spell the same conversation otherwise: each program saves text in its own way."""
+    # printf 'user\ncafé au lait, please' | sha256sum
+    assert conversation_id([{"role": "user", "content": written}]) == "71c3fc405e39842a"

@@ -5,9 +5,12 @@ from datasets import Dataset
 
 from h2s.data.datasets import load_contexts, load_preferences
 from h2s.data.splits import (
+    UNKNOWN,
+    conversations_in,
     conversations_of,
     folds_by_conversation,
     part_of,
+    set_aside_seen,
     share_with_judge,
     split_by_conversation,
     split_for_models,
@@ -20,6 +23,14 @@ def test_conversations_of_rows_by_hand():
     prompts = [[{"role": "user", "content": text}] for text in ("hi there", "talk 0", "hi there")]
     first, other, again = conversations_of(Dataset.from_dict({"prompt": prompts}))
     assert first == again == "285bdd5342662185" != other
+
+
+def test_conversations_in_several_data_sets():
+    """Each once, in order; text is one user message, as the Python API has it."""
+    few, texts = many(6), Dataset.from_dict({"prompt": ["hi there", "talk 1"]})
+    found = conversations_in(few, None, texts)
+    assert found == sorted({*conversations_of(few), "285bdd5342662185"}) and len(found) == 4
+    assert conversations_in() == conversations_in(None) == []
 
 
 def expected_part(conversation, seed, size):
@@ -214,3 +225,36 @@ def test_a_sheet_that_is_held_out_whole():
     with pytest.raises(InputError, match=words):
         split_by_conversation(held_out, 42, 0.2)
     assert split_by_conversation(held_out, 43, 0.2)
+
+
+# What was seen
+
+
+def test_what_was_seen_is_set_aside_and_counted():
+    """By whole conversations: a later turn of one that was seen goes with it."""
+    turns = [[{"role": "user", "content": f"talk {i}"}] for i in range(4)]
+    turns.append([*turns[1], {"role": "assistant", "content": "And you?"}, {"role": "user", "content": "Fine."}])
+    rows = Dataset.from_dict({"prompt": turns, "row": list(range(5))})
+    ids = conversations_of(rows)
+    unseen, words = set_aside_seen(rows, {"policy": [], "reward": [ids[1], "0" * 16], "judge": ids[:2]})
+    assert unseen["row"] == [2, 3]
+    assert words == (
+        "3 of 5 contexts are set aside, since their conversations trained or selected a model: policy 0, reward 2, "
+        "judge 3."
+    )
+    unseen, words = set_aside_seen(rows, {"policy": []})
+    assert unseen["row"] == rows["row"] and words.startswith("0 of 5 contexts are set aside")
+
+
+def test_a_model_that_does_not_say_what_it_saw():
+    rows = many(4)
+    unseen, words = set_aside_seen(rows, {"policy": [UNKNOWN, conversations_of(rows)[0]], "reward": []})
+    assert len(unseen) == 2
+    assert words.startswith("2 of 4 contexts are") and ": policy unknown, reward 0. Unknown: " in words
+
+
+def test_nothing_is_left():
+    rows = many(4)
+    words = "nothing is left to report on: 4 of 4 contexts are set aside, .*: judge 4; give contexts of other conv"
+    with pytest.raises(InputError, match=words):
+        set_aside_seen(rows, {"judge": conversations_of(rows)})

@@ -1,5 +1,12 @@
 """Files as rows of plain Python values: each format, and what is not what its name says."""
 
+import os
+import zipfile
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data.written import write_table
 
@@ -104,6 +111,63 @@ def test_what_is_not_what_its_name_says(tmp_path, suffix, content, words):
     assert "a table" in str(error.value) and str(error.value).isprintable()
     with pytest.raises(InputError, match=r"is not a \.xlsx"):
         read_table(str(tmp_path), "a table")
+
+
+def packed(folder, megabytes):
+    """A small workbook whose sheet holds that much, in one-byte cells as spreadsheets write them."""
+    file = write_table(folder, ".xlsx", {"a": ["x"]})
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    (sheet,) = (name for name in parts if name.startswith("xl/worksheets/"))
+    row = b'<row><c t="inlineStr"><is><t>' + b"x" * 1000 + b"</t></is></c></row>"
+    rows = row * (megabytes * 2**20 // len(row)) + b"</sheetData>"
+    parts[sheet] = parts[sheet].replace(b"</sheetData>", rows)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    return file
+
+
+def test_a_small_workbook_that_unpacks_to_much_is_refused_unread(tmp_path, monkeypatch):
+    file = packed(tmp_path, 60)
+    assert Path(file).stat().st_size < 2**18
+    monkeypatch.setattr(pd, "read_excel", None)
+    with pytest.raises(
+        InputError, match=r"table.xlsx cannot be read as .xlsx \(a sheet\): it unpacks to 60 MB, more than "
+    ):
+        read_table(file, "a sheet")
+
+
+def test_a_workbook_of_many_rows_or_with_pictures_is_read(tmp_path):
+    file = packed(tmp_path, 10)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("xl/media/image1.png", os.urandom(40 * 2**20), zipfile.ZIP_DEFLATED, 1)
+    assert len(read_table(file, "a sheet")) > 9000
+
+
+@pytest.mark.parametrize(("rows", "refused"), [(2_000, False), (200_000, True)])
+def test_a_small_parquet_that_unpacks_to_much_is_refused(tmp_path, rows, refused):
+    """A text that is repeated is stored once: 900 bytes hold a gigabyte."""
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * 5000]))
+    pq.write_table(pa.table({"a": repeated}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 4096
+    if not refused:
+        assert read_table(str(tmp_path / "a.parquet"), "a table")["a"].tolist() == ["x" * 5000] * rows
+        return
+    with pytest.raises(
+        InputError, match=r"a.parquet cannot be read as .parquet .*: it unpacks to 3\d MB, more than the"
+    ):
+        read_table(str(tmp_path / "a.parquet"), "a table")
+
+
+def test_columns_of_a_parquet(tmp_path):
+    """What pandas keeps as a frame's index is no column; two of one name would be one."""
+    file = str(tmp_path / "a.parquet")
+    pd.DataFrame({"a": ["x", None], "b": [1, 2]}, index=pd.Index([5, 6], name="row")).to_parquet(file)
+    assert read_table(file, "a table").to_dict("list") == {"a": ["x", None], "b": [1, 2]}
+    pq.write_table(pa.table([["x"], ["y"]], names=["a", "a"]), file)
+    with pytest.raises(InputError, match="two of its columns have one name: a, a"):
+        read_table(file, "a table")
 
 
 def test_rows_are_counted_as_people_see_them():

@@ -1,14 +1,13 @@
 """Launched as users launch it: `accelerate launch` on CPU, one and two processes."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from distributed.launching import launch, run
 from safetensors.torch import load_file
 from tiny import HARD_PROMPT, ROOT
 from torch import distributed as dist
@@ -18,24 +17,6 @@ from h2s.run.folder import run_recipe
 
 UPDATES = ROOT / "tests" / "distributed" / "updates.py"
 SHARDED = ROOT / "tests" / "distributed" / "sharded.py"
-
-
-def launch(processes: int, *command: str) -> subprocess.CompletedProcess:
-    config = ROOT / "accelerate_configs" / "cpu.yaml"
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return run(*accelerate, "--num_processes", str(processes), *command)
-
-
-def run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def some_left_out(completions, **kwargs):
 WAYS = {
     "none": (length_mod_5, {"ratio_norm": "none"}),
     "mean": (length_mod_5, {"ratio_norm": "mean"}),
-    "left-out": (some_left_out, {"value_warmup_batches": 0}),
+    "left-out": (some_left_out, {"value_warmup_batches": 0, "scale_rewards": False}),
 }
 
 
@@ -81,7 +81,7 @@ def iterate(model_folder: str, out: Path, batch: int, contexts: int, way: str) -
     trainer.train()
     seen = gather_object([policy.seen])
     if trainer.is_world_process_zero():
-        head = {f"value head {k}": v.contiguous() for k, v in trainer.model.value_head.state_dict().items()}
+        head = {f"value head {k}": v.contiguous() for k, v in trainer.value_head.state_dict().items()}
         prefix = soft_prefix(policy.model).detach()
         save_file({"prefix": prefix, "moved": prefix - start, **head}, out / f"{way}.safetensors")
         log = trainer.state.log_history

@@ -20,6 +20,7 @@ SMALL_AND_QUIET = {
     "target_kl": None,
     "num_ppo_epochs": 2,
     "num_mini_batches": 1,
+    "scale_rewards": False,
 }
 ARGUMENTS = inspect.signature(SingleStepPPOTrainer).parameters
 

@@ -91,3 +91,12 @@ def given_completions(trainer):
         return [[6 + (sum(p) * 7 + 13 * i) % 250 for i in range(1 + sum(p) % 4)] + [5] for p in prompts]
 
     trainer.policy.complete = complete
+
+
+def rows_of(rollout):
+    """Token ids, completion mask and log-probabilities of each row, in the order of the contexts."""
+    rows = {}
+    for part in rollout.parts:
+        for i, row in enumerate(part.rows.tolist()):
+            rows[row] = part.batch.input_ids[i], part.mask[i], part.old_logps[i]
+    return [rows[i] for i in range(len(rows))]

@@ -23,6 +23,12 @@ from h2s import InputError, SingleStepPPOConfig
         ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
         ({"num_mini_batches": 0}, "num_mini_batches must be at least 1, got 0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"value_learning_rate": -1}, "value_learning_rate must be at least 0, got -1"),
+        ({"value_warmup_batches": -1}, "value_warmup_batches must be at least 0, got -1"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be random or sequential, got g"),
+        ({"one_cycle_pct_start": 1.5}, "one_cycle_pct_start must be between 0 and 1, got 1.5"),
+        ({"one_cycle_pct_start": 0.2, "lr_scheduler_type": "cosine"}, "one_cycle_pct_start is a schedule of its own"),
+        ({"one_cycle_pct_start": 0.2, "warmup_steps": 2}, "one_cycle_pct_start is a schedule of its own: leave lr"),
         ({"num_mini_batches": 7, "per_device_train_batch_size": 6}, "num_mini_batches is 7, more than the 6 contexts"),
     ],
 )
@@ -51,6 +57,6 @@ def test_nothing_is_evaluated_or_selected_until_it_is_asked_for():
 @pytest.mark.parametrize("cuda", [False, True])
 def test_use_cpu_where_there_is_no_cuda(monkeypatch, cuda):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "mixed_precision", "no"))
     assert SingleStepPPOConfig().use_cpu is not cuda
     assert SingleStepPPOConfig(use_cpu=True).use_cpu is True

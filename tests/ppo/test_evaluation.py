@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from h2s import InputError
-from h2s.ppo.policy import VALUE_HEAD_FILE
+from h2s.ppo.value_head import VALUE_HEAD_FILE
 from h2s.report.comparison import metric_names
 
 
@@ -34,7 +34,7 @@ def test_best_adapter_is_kept_and_never_the_starting_one(build):
     assert torch.equal(load_file(root / VALUE_HEAD_FILE)["dense.weight"], heads[2]["dense.weight"])
     assert not torch.equal(heads[2]["dense.weight"], heads[4]["dense.weight"])
     assert torch.equal(prefix_of(trainer), saved[2]) and not torch.equal(saved[2], saved[4])
-    assert torch.equal(trainer.model.value_head.dense.weight, heads[2]["dense.weight"])
+    assert torch.equal(trainer.value_head.dense.weight, heads[2]["dense.weight"])
 
 
 def test_a_smaller_metric_may_be_the_better_one(build):

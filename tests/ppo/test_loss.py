@@ -13,7 +13,6 @@ from h2s.ppo.loss import (
     kl_to_reference,
     masked_mean,
     policy_loss,
-    value_loss,
     whiten,
 )
 
@@ -93,22 +92,6 @@ def test_whiten_keeps_a_small_spread_around_a_large_mean():
 def test_whiten_does_not_depend_on_shift_and_scale():
     x = torch.tensor([0.1, -2.0, 0.7, 5.0])
     assert_numbers(whiten(3 * x + 10, 3 * x + 10), whiten(x, x).tolist())
-
-
-def test_value_loss():
-    # 0.5 * (1 + 4 + 0) / 3
-    assert value_loss(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([2.0, 2.0, 2.0])).item() == pytest.approx(5 / 6)
-
-
-def test_a_response_without_a_return_has_no_value_loss():
-    values = torch.tensor([1.0, 9.0, 0.0], requires_grad=True)
-    loss = value_loss(values, torch.tensor([2.0, math.nan, 2.0]))
-    loss.backward()
-    assert loss.item() == pytest.approx(0.5 * (1 + 4) / 3)
-    assert values.grad.tolist() == pytest.approx([-1 / 3, 0, -2 / 3])  # (V - R) / 3
-    values.grad = None
-    value_loss(values, torch.full((3,), math.nan)).backward()
-    assert values.grad.tolist() == [0, 0, 0]
 
 
 def test_explained_variance():

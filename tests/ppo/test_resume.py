@@ -30,8 +30,8 @@ def said():
 def assert_same(one, other):
     """Prefix, value head and log to the last bit."""
     assert torch.equal(prefix_of(one), prefix_of(other))
-    for name, value in one.model.value_head.state_dict().items():
-        assert torch.equal(other.model.value_head.state_dict()[name], value), name
+    for name, value in one.value_head.state_dict().items():
+        assert torch.equal(other.value_head.state_dict()[name], value), name
     for name in ("loss", "reward", "objective/kl", "eval_reward_difference"):
         assert logged(one, name) == logged(other, name)
 
@@ -43,8 +43,8 @@ def test_loading_a_checkpoint_restores_prefix_and_value_head(build):
     assert not torch.equal(prefix_of(fresh), prefix_of(trained))
     fresh._load_from_checkpoint(str(root_of(trained) / "checkpoint-2"))
     assert torch.equal(prefix_of(fresh), prefix_of(trained))
-    for name, value in trained.model.value_head.state_dict().items():
-        assert torch.equal(fresh.model.value_head.state_dict()[name], value), name
+    for name, value in trained.value_head.state_dict().items():
+        assert torch.equal(fresh.value_head.state_dict()[name], value), name
     assert soft_prefix(fresh.policy.model).requires_grad
     # The reference stays the hard prompt.
     with hard_prompt_active(fresh.policy.model):

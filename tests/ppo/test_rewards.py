@@ -15,6 +15,7 @@ from ppo.runs import (
     logged,
     prefix_of,
     root_of,
+    rows_of,
     same,
     saved_prefix,
     texts,
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
 from h2s.errors import RunError
-from h2s.ppo.policy import VALUE_HEAD_FILE
+from h2s.ppo.value_head import VALUE_HEAD_FILE
 from h2s.prefix.adapter import soft_prefix
 
 # The score alone is what is learnt from.
@@ -47,15 +48,14 @@ def test_a_reward_is_handed_what_trl_hands_it(build):
 
     trainer = build(reward, **BARE)
     rollouts, roll_out = [], trainer._roll_out
-    trainer._roll_out = lambda inputs: rollouts.append((inputs, roll_out(inputs))) or rollouts[-1][1]
+    trainer._roll_out = lambda *given: rollouts.append((given[1], roll_out(*given))) or rollouts[-1][1]
     trainer.train()
     assert [call["step"] for call in calls] == [0, 1]
     for call, (inputs, rollout) in zip(calls, rollouts, strict=True):
         handed = {"prompts", "completions", "completion_ids", "number", "trainer_state", "log_extra", "log_metric"}
         assert call.keys() == handed | {"step"}
         assert call["prompts"] == inputs["prompt"] and call["number"] == inputs["number"]
-        sampled = zip(rollout.batch.input_ids, rollout.batch.completion_mask, strict=True)
-        assert call["completion_ids"] == [ids[mask].tolist() for ids, mask in sampled]
+        assert call["completion_ids"] == [ids[mask].tolist() for ids, mask, _ in rows_of(rollout)]
         decoded = [trainer.policy.decode(ids) for ids in call["completion_ids"]]
         assert call["completions"] == [[{"role": "assistant", "content": text}] for text in decoded]
     assert calls[0]["number"] != calls[1]["number"]
@@ -103,12 +103,12 @@ def test_a_reward_that_edits_what_it_is_handed_changes_nothing(build):
     trainer = build([edits, looks], **BARE)
     given_completions(trainer)
     inputs = inputs_of(trainer)
-    rollout = trainer._roll_out(inputs)
+    rollout = trainer._roll_out(trainer.model, inputs)
     expected = inputs_of(trainer)
     ids = trainer.policy.complete(expected["prompt_ids"])
     assert seen == [(expected["prompt"], [trainer.policy.decode(i) for i in ids], ids, expected["number"])]
     assert inputs == expected
-    assert [i[m].tolist() for i, m in zip(rollout.batch.input_ids, rollout.batch.completion_mask, strict=True)] == ids
+    assert [row[mask].tolist() for row, mask, _ in rows_of(rollout)] == ids
     assert completions_of(trainer)["completion"].tolist() == [trainer.policy.decode(i) for i in ids]
 
 
@@ -134,7 +134,7 @@ async def later(number, **kwargs):
 def test_several_rewards_by_hand(build):
     """Contexts 0 to 5; a function, a callable and a coroutine, weighted; one of them leaves context 4 out."""
     trainer = build([number_mod_3, Halves(), later], reward_weights=[2.0, 1.0, 0.25], **BARE)
-    rollout = trainer._roll_out(inputs_of(trainer))
+    rollout = trainer._roll_out(trainer.model, inputs_of(trainer))
     # 2 (0, 1, 2, 0, -, 2) + (0, 0.5, 1, 1.5, 2, 2.5) - 0.25 (0, 1, 2, 3, 4, 5)
     total = [0.0, 2.25, 4.5, 0.75, 1.0, 5.25]
     assert rollout.returns.tolist() == pytest.approx(total)
@@ -223,12 +223,11 @@ def of_the_context(number, **kwargs):
 def test_a_reply_that_is_left_out_has_no_advantage(build):
     """It enters neither the whitening nor the log's numbers nor the explained variance."""
     trainer = build(of_the_context, **BARE)
-    trainer.model.value_head.out.bias.data.fill_(0.75)
-    torch.nn.init.normal_(trainer.model.value_head.out.weight, generator=torch.Generator().manual_seed(0))
-    rollout = trainer._roll_out(inputs_of(trainer))
+    trainer.value_head.out.bias.data.fill_(0.75)
+    torch.nn.init.normal_(trainer.value_head.out.weight, generator=torch.Generator().manual_seed(0))
+    rollout = trainer._roll_out(trainer.model, inputs_of(trainer))
     with torch.no_grad():
-        b = rollout.batch
-        values = trainer.model(b.input_ids, b.attention_mask, b.completion_mask)[2].double().tolist()
+        values = trainer.value_head(rollout.last_prompt).double().tolist()
     advantages = [SCORES[i] - values[i] for i in KNOWN]
     mean, std = statistics.mean(advantages), statistics.stdev(advantages)
     whitened = [0.0 if s is None else (s - v - mean) / std for s, v in zip(SCORES, values, strict=True)]
@@ -261,20 +260,19 @@ def test_a_reply_that_is_left_out_moves_nothing(build):
             **BARE | {"value_warmup_batches": 1},
         )
         given_completions(trainer)
-        parameters = [soft_prefix(trainer.policy.model), *trainer.model.value_head.parameters()]
-        apply = trainer._apply
+        prefix, apply = soft_prefix(trainer.policy.model), trainer._apply
 
-        def watch(loss, folder=folder, parameters=parameters, apply=apply):
-            gradients[folder] = torch.autograd.grad(loss, parameters, retain_graph=True)
+        def watch(loss, folder=folder, prefix=prefix, apply=apply):
+            (gradients[folder],) = torch.autograd.grad(loss, [prefix], retain_graph=True)
             return apply(loss)
 
         trainer._apply = watch
         trainer.train()
-        losses[folder] = [logged(trainer, f"loss/{name}")[0] for name in ("policy", "value")]
-    assert all(gradient.abs().max() > 1e-4 for gradient in gradients["known"])
-    for mean_of_6, mean_of_4 in zip(gradients["all"], gradients["known"], strict=True):
-        torch.testing.assert_close(mean_of_6 * BATCH / len(KNOWN), mean_of_4, rtol=1e-3, atol=1e-5)
-    assert losses["all"] == pytest.approx([loss * len(KNOWN) / BATCH for loss in losses["known"]], abs=1e-5)
+        (losses[folder],) = logged(trainer, "loss/policy")
+    assert gradients["known"].abs().max() > 1e-4
+    mean_of_6, mean_of_4 = (gradients[folder] for folder in ("all", "known"))
+    torch.testing.assert_close(mean_of_6 * BATCH / len(KNOWN), mean_of_4, rtol=1e-3, atol=1e-5)
+    assert losses["all"] == pytest.approx(losses["known"] * len(KNOWN) / BATCH, abs=1e-5)
 
 
 @pytest.mark.parametrize("given", [0, 1])
@@ -285,7 +283,7 @@ def test_nothing_moves_where_all_are_left_out(build, given):
         return varied(completions) if trainer_state.global_step < given else [None] * len(completions)
 
     trainer = build(reward, max_steps=3, value_warmup_batches=2, weight_decay=0.1, entropy_coef=0.1, **KEEP_ALL)
-    start, head = prefix_of(trainer), trainer.model.value_head.dense.weight.detach().clone()
+    start, head = prefix_of(trainer), trainer.value_head.dense.weight.detach().clone()
     trainer.train()
     root = root_of(trainer)
     saved = [saved_prefix(root / f"checkpoint-{n}") for n in (1, 2, 3)]

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from h2s import InputError, PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer, load_contexts
 from h2s.models import load_tokenizer
-from h2s.ppo.policy import VALUE_HEAD_FILE
+from h2s.ppo.value_head import VALUE_HEAD_FILE
 from h2s.prefix.adapter import soft_prefix
 
 CONVERSATION = [{"role": "user", "content": "I went hiking today."}]

@@ -1,6 +1,7 @@
 """One iteration: the rollout's returns and advantages, the warm-up, the updates, the schedules."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,31 +13,29 @@ from ppo.runs import (
     not_ascii,
     prefix_of,
     root_of,
+    rows_of,
     same,
     varied,
 )
+from tiny import HARD_PROMPT
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from h2s import PrefixTuningPolicyModel
 from h2s.ppo import trainer as ppo_trainer
-from h2s.ppo.policy import VALUE_HEAD_FILE
-from h2s.ppo.trainer import VALUE_WARMUP_UPDATES
-from h2s.prefix.adapter import HARD, soft_prefix
+from h2s.ppo.value_head import VALUE_HEAD_FILE
+from h2s.prefix.adapter import HARD, SOFT, soft_prefix
 from h2s.prefix.generation import completion_logps, decode
 
 
 def adam_steps(trainer):
-    """Adam's own count of the updates of the prefix and of the value head."""
-    state = trainer.optimizer.optimizer.state
-    return tuple(
-        int(state[p]["step"]) for p in (soft_prefix(trainer.policy.model), trainer.model.value_head.out.weight)
-    )
+    """Adam's own count of the updates of the prefix."""
+    return int(trainer.optimizer.optimizer.state[soft_prefix(trainer.policy.model)]["step"])
 
 
-def batch_of(rollout):
-    b = rollout.batch
-    return b.input_ids, b.attention_mask, b.completion_mask
+def roll_out(trainer, **given):
+    return trainer._roll_out(trainer.model, inputs_of(trainer, **given))
 
 
 # The rollout
@@ -74,15 +73,14 @@ def test_returns_are_score_minus_kl_minus_penalty(build, gemma_folder):
         num_mini_batches=2,
         whiten_advantages=False,
     )
-    trainer.model.value_head.out.bias.data.fill_(0.75)
+    trainer.value_head.out.bias.data.fill_(0.75)
     trainer.policy.stop_ids = list(range(0, 320, 4))  # a quarter of the vocabulary ends a reply: some end, some do not
-    torch.manual_seed(3)
+    torch.manual_seed(4)
     inputs = inputs_of(trainer)
-    rollout = trainer._roll_out(inputs)
+    rollout = roll_out(trainer)
     clipped = [1.5, -1.5, 0.5, 0.25, -0.125, 1.0]
     unfinished, replies, largest_kl = [], [], 0.0
-    for i in range(BATCH):
-        ids, mask = rollout.batch.input_ids[i], rollout.batch.completion_mask[i]
+    for i, (ids, mask, _) in enumerate(rows_of(rollout)):
         completion = ids[mask].tolist()
         prompt = ids[: int(mask.int().argmax())].tolist()
         assert prompt == inputs["prompt_ids"][i]
@@ -97,7 +95,7 @@ def test_returns_are_score_minus_kl_minus_penalty(build, gemma_folder):
     ((prompts, completions),) = seen
     assert prompts == inputs["prompt"]
     assert completions == [[{"role": "assistant", "content": reply}] for reply in replies]
-    assert rollout.mean_length == pytest.approx(rollout.batch.completion_mask.sum().item() / BATCH)
+    assert rollout.mean_length == pytest.approx(sum(mask.sum().item() for _, mask, _ in rows_of(rollout)) / BATCH)
     assert trainer.iterations.metrics["completions/clipped_ratio"] == [pytest.approx(sum(unfinished) / BATCH)]
     assert trainer.iterations.metrics["reward"] == [pytest.approx(sum(scores) / BATCH)]
 
@@ -111,7 +109,7 @@ def test_kl_is_zero_at_the_start(build):
 @pytest.mark.parametrize("scores", [None, [100.0, 200.0, 300.0, 700.0, 0.0, 0.0]])
 def test_advantages_are_whitened(build, scores):
     trainer = build(varied if scores is None else lambda **kwargs: scores, missing_eos_penalty=0.0)
-    rollout = trainer._roll_out(inputs_of(trainer))
+    rollout = roll_out(trainer)
     expected = (rollout.returns - rollout.returns.mean()) / rollout.returns.std()
     torch.testing.assert_close(rollout.advantages, expected)
     assert rollout.advantages.std().item() == pytest.approx(1, abs=1e-4)
@@ -120,10 +118,10 @@ def test_advantages_are_whitened(build, scores):
 def test_scoring_uses_the_temperature_of_sampling(build):
     trainer = build(temperature=0.5)
     assert trainer.sampling.temperature == 0.5
-    rollout = trainer._roll_out(inputs_of(trainer))
+    (part,) = roll_out(trainer).parts
     with torch.no_grad():
-        expected, other = (completion_logps(trainer.policy.model, rollout.batch, t)[0] for t in (0.5, 1.0))
-    torch.testing.assert_close(rollout.old_logps, expected, rtol=0, atol=1e-4)
+        expected, other = (completion_logps(trainer.policy.model, part.batch, t)[0] for t in (0.5, 1.0))
+    torch.testing.assert_close(part.old_logps, expected, rtol=0, atol=1e-4)
     assert (expected - other).abs().max() > 0.1
 
 
@@ -142,24 +140,22 @@ def test_what_is_scored_is_what_was_sampled(build):
     broken = [200, 130, 3, 5]  # lone bytes, a special token, the end of a turn
     assert tokenizer(decode(tokenizer, broken, [5]), add_special_tokens=False).input_ids != broken[:-1]
     trainer.policy.complete = lambda prompts, *rest: [broken for _ in prompts]
-    rollout = trainer._roll_out(inputs_of(trainer))
-    for ids, mask in zip(rollout.batch.input_ids, rollout.batch.completion_mask, strict=True):
+    for ids, mask, _ in rows_of(roll_out(trainer)):
         assert ids[mask].tolist() == broken
 
 
 def test_padding_is_not_scored(build):
     trainer = build(max_completion_length=8)
     trainer.policy.stop_ids = list(range(0, 320, 3))
-    rollout = trainer._roll_out(inputs_of(trainer))
-    padding = rollout.batch.attention_mask == 0
-    assert padding.any() and not rollout.old_logps[padding].any()
-    assert not rollout.batch.completion_mask[padding].any()
+    (part,) = roll_out(trainer).parts
+    padding = part.batch.attention_mask == 0
+    assert padding.any() and not part.old_logps[padding].any() and not part.mask[padding].any()
 
 
 def test_the_reward_is_asked_for_the_whole_batch_at_once(build):
     asked = []
     trainer = build(lambda completions, **kwargs: asked.append(len(completions)) or [0.5] * len(completions))
-    trainer._roll_out(inputs_of(trainer))
+    roll_out(trainer)
     assert asked == [BATCH]
 
 
@@ -176,111 +172,136 @@ def test_each_epoch_draws_its_batches_anew(build):
     assert len(set(epochs)) > 1
 
 
-# The value head
+# The warm-up
 
 
-def test_value_warm_up_moves_the_head_alone(build):
-    trainer = build(max_steps=1, value_warmup_batches=2)
-    start = prefix_of(trainer)
-    seen = []
-    update = trainer._update
+def test_the_warm_up_is_the_hard_prompts_and_costs_no_step(build):
+    """With a prefix that has moved: replies are drawn by the reference, and the head is fitted before any update."""
+    active, seen = [], []
+    trainer = build(max_steps=1, value_warmup_batches=2, move=1.0)
+    complete, update, start = trainer.policy.complete, trainer._update, prefix_of(trainer)
+    trainer.policy.complete = lambda *args: active.append(trainer.policy.model.active_adapter) or complete(*args)
 
     def watch(model, rollout):
-        state, bias = trainer.optimizer.optimizer.state, trainer.model.value_head.out.bias
-        updates = int(state[bias]["step"])
-        seen.append((prefix_of(trainer), bias.item(), soft_prefix(trainer.policy.model) in state, updates))
+        state = trainer.optimizer.optimizer.state
+        seen.append((torch.equal(prefix_of(trainer), start), trainer.value_head.out.weight.any().item(), len(state)))
         return update(model, rollout)
 
     trainer._update = watch
     trainer.train()
-    ((prefix, bias, adam_knows_prefix, head_updates),) = seen
-    assert torch.equal(prefix, start)
-    assert bias != 0 and not adam_knows_prefix and head_updates == 2 * VALUE_WARMUP_UPDATES
+    assert active == [HARD, HARD, SOFT] and seen == [(True, True, 0)]
     assert not torch.equal(prefix_of(trainer), start)
 
 
-def test_value_warm_up_fits_the_returns(build):
-    """Rewards of 3 everywhere, no KL at the start: the head goes from 0 to near 3."""
-    trainer = build(
-        same(3.0),
-        max_steps=1,
-        value_warmup_batches=6,
-        value_learning_rate=2e-2,
-        missing_eos_penalty=0.0,
-        learning_rate=0.0,
-    )
+def test_the_warm_up_fits_the_returns(build):
+    """Rewards of 3 everywhere: the head goes from 0 to 3."""
+    trainer = build(same(3.0), max_steps=1, value_warmup_batches=2, missing_eos_penalty=0.0, learning_rate=0.0)
     trainer.train()
-    rollout = trainer._roll_out(inputs_of(trainer), record=False)
-    with torch.no_grad():
-        values = trainer.model(*batch_of(rollout))[2]
-    torch.testing.assert_close(values, torch.full((BATCH,), 3.0), rtol=0, atol=0.3)
+    values = trainer.value_head(roll_out(trainer).last_prompt)
+    torch.testing.assert_close(values, torch.full((BATCH,), 3.0), rtol=0, atol=0.1)
 
 
-def test_value_head_learns_which_contexts_are_hard(build):
-    """All rewards lie far from 0, and the context alone decides how far: within 12 iterations the head has found it."""
-    trainer = build(
-        lambda prompts, **kwargs: [-30.0 + 2 * (len(p[-1]["content"]) % 2) for p in prompts],
-        learning_rate=0.0,
-        max_steps=12,
-        value_learning_rate=1e-2,
-        missing_eos_penalty=0.0,
-    )
+def test_rewards_are_counted_in_spreads_of_the_hard_prompts_replies(build):
+    """A reward in another unit makes the same run; the log's own rewards stay as they are."""
+    ends, returns, rewards = [], [], []
+    for folder, (factor, shift) in {"one": (1.0, 0.0), "other": (256.0, 1024.0)}.items():
+        trainer = build(
+            lambda factor=factor, shift=shift, **given: [factor * v + shift for v in varied(**given)],
+            folder=folder,
+            scale_rewards=True,
+            value_warmup_batches=3,
+            kl_coef=0.5,
+        )
+        trainer.train()
+        ends.append(prefix_of(trainer))
+        returns.append(logged(trainer, "objective/returns"))
+        rewards.append(logged(trainer, "reward"))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-3)
+    assert returns[0] == pytest.approx(returns[1], abs=1e-3)
+    assert [256 * r + 1024 for r in rewards[0]] == pytest.approx(rewards[1], rel=1e-3)
+    # Beside the prefix that has not moved yet, by hand.
+    trainer = build(varied, scale_rewards=True, value_warmup_batches=3, max_steps=1, missing_eos_penalty=0.0)
+    warm_up, drawn = trainer._fit_value_head, []
+    trainer._fit_value_head = lambda hidden, values: drawn.append(values) or warm_up(hidden, values)
     trainer.train()
-    found = logged(trainer, "val/explained_variance")
-    assert sum(found[-4:]) / 4 > 0.5, found
+    assert len(drawn[0]) == 3 * BATCH
+    assert drawn[0].mean().item() == pytest.approx(0, abs=1e-5) and drawn[0].std().item() == pytest.approx(1, abs=1e-5)
 
 
 # The updates
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("settings", [{}, {"num_mini_batches": 3, "temperature": 1.5}, {"ratio_norm": "mean"}])
-def test_first_pass_has_ratio_one(build, settings):
-    """On ragged padded batches, the prefix having moved, in mini-batches trimmed otherwise than the rollout's."""
-    trainer = build(max_steps=3, learning_rate=3e-2, max_completion_length=12, **settings)
+def test_the_first_update_has_ratio_one(build, gemma_folder, settings, dtype):
+    """To the last bit, on ragged padded batches of long replies, the prefix having moved."""
+    policy = PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT, dtype=dtype)
+    trainer = build(model=policy, max_steps=3, learning_rate=3e-2, max_completion_length=128, **settings)
+    trainer.policy.stop_ids = list(range(0, 320, 40))  # some end, some do not
     first, widths = [], set()
-    check, roll_out = trainer._check_first_pass, trainer._roll_out
-    trainer._check_first_pass = lambda ratio, *rest: first.append(ratio) or check(ratio, *rest)
+    check, plain = trainer._check_first_update, trainer._roll_out
+    trainer._check_first_update = lambda ratio, *rest: first.append(ratio) or check(ratio, *rest)
 
-    def watch(inputs, **kwargs):
-        rollout = roll_out(inputs, **kwargs)
-        widths.add(tuple(rollout.batch.attention_mask.sum(1).tolist()))
+    def watch(*args):
+        rollout = plain(*args)
+        widths.add(tuple(mask.sum().item() for _, mask, _ in rows_of(rollout)))
         return rollout
 
     trainer._roll_out = watch
     before = prefix_of(trainer)
     trainer.train()
-    assert len(first) == 3 and all(len(set(lengths)) > 1 for lengths in widths)
-    assert torch.cat(first).sub(1).abs().max() < 1e-4
-    assert logged(trainer, "val/ratio") == pytest.approx([1, 1, 1], abs=1e-4)
+    assert len(first) == 3 and all(len(set(lengths)) > 1 for lengths in widths) and max(map(max, widths)) > 64
+    assert torch.cat(first).eq(1).all() and logged(trainer, "val/ratio") == [1, 1, 1]
     assert (prefix_of(trainer) - before).abs().max() > 0.02
     # So the comparison can fail: after the moves the policy is another one.
+    part = plain(trainer.model, inputs_of(trainer)).parts[0]
     with torch.no_grad():
-        rollout = roll_out(inputs_of(trainer), record=False)
         soft_prefix(trainer.policy.model).copy_(before)
-        logps = trainer.model(*batch_of(rollout))[0]
-    assert (logps - rollout.old_logps).sum(1).exp().sub(1).abs().max() > 1e-2
+        logps = trainer.model(*part.batch, trainer.args.temperature)[0]
+    assert (logps - part.old_logps).sum(1).exp().sub(1).abs().max() > 1e-2
 
 
-def test_a_first_pass_that_is_not_one_is_said(build, caplog):
-    """A hint at a scoring that is not what was sampled; float32's rounding is none."""
+def test_a_single_update_makes_one_pass(build):
+    """Its gradient is that of a second pass, which is not made."""
+    prefixes, passes = [], []
+    for folder, again in (("kept", False), ("again", True)):
+        trainer = build(folder=folder, max_steps=2, num_ppo_epochs=1, learning_rate=3e-2)
+        update = trainer._update
+
+        def second_pass(model, rollout, trainer=trainer, update=update):
+            (part,) = rollout.parts
+            logps, entropy, _ = model(*part.batch, 1.0)
+            return update(model, replace(rollout, parts=[replace(part, logps=logps, entropy=entropy)]))
+
+        trainer._update = second_pass if again else update
+        count = []
+        trainer.policy.module.register_forward_hook(lambda *_, count=count: count.append(torch.is_grad_enabled()))
+        trainer.train()
+        prefixes.append(prefix_of(trainer))
+        passes.append(count)
+    # The warm-up's two, then soft and hard of each iteration.
+    assert passes[0] == [False, False, *[True, False] * 2] and len(passes[1]) == len(passes[0]) + 2
+    assert torch.equal(*prefixes)
+
+
+def test_a_first_update_that_is_not_one_is_said(build, caplog):
+    """A hint at a scoring that is not what was sampled."""
     trainer = build()
-    trainer._check_first_pass(torch.tensor([1.0, 1.0005]), 1.0, True)
+    trainer._check_first_update(torch.tensor([1.0, 1.0005]), 1.0, True)
     assert caplog.messages == []
-    trainer._check_first_pass(torch.tensor([1.0, 0.9]), 1.0, True)
-    assert caplog.messages == ["the first pass's ratio is 0.1 away from 1, more than 0.001"]
+    trainer._check_first_update(torch.tensor([1.0, 0.9]), 1.0, True)
+    assert caplog.messages == ["the first update's ratio is 0.1 away from 1, more than 0.001"]
 
 
-def test_prefix_and_value_head_move_and_nothing_else(build):
+def test_the_prefix_moves_and_nothing_else_of_the_model(build):
     trainer = build(max_steps=2, learning_rate=1e-2)
-    model = trainer.model
+    model, head = trainer.model, trainer.value_head.dense.weight.detach().clone()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    soft = {n for n in before if n.endswith("prompt_encoder.default.embedding.weight")}
-    head = {n for n in before if n.startswith("value_head.")}
-    assert trained == soft | head and len(soft) == 1 and len(head) == 4
+    assert trained == {n for n in before if n.endswith("prompt_encoder.default.embedding.weight")} and len(trained) == 1
     trainer.train()
     wrong = [n for n, p in model.named_parameters() if torch.equal(p, before[n]) == (n in trained)]
-    assert wrong == []
+    assert wrong == [] and not torch.equal(trainer.value_head.dense.weight, head)
     assert any(HARD in n for n in before if n not in trained)
     assert all(p.grad is None for p in model.parameters())
 
@@ -312,14 +333,13 @@ def test_one_trainer_step_is_one_iteration(build):
         num_mini_batches=2,
         value_warmup_batches=2,
         learning_rate=8e-3,
-        value_learning_rate=4e-3,
         lr_scheduler_type="linear",
     )
     trainer.train()
-    assert adam_steps(trainer) == (4 * 3 * 2, 4 * 3 * 2 + 2 * VALUE_WARMUP_UPDATES)
+    assert adam_steps(trainer) == 4 * 3 * 2
     assert watch.moved == [] and watch.grads == []
     # Linear to 0 over the 4 iterations, not over the updates or the contexts.
-    assert watch.rates == [pytest.approx([8e-3 * k / 4, 4e-3 * k / 4]) for k in (4, 3, 2, 1)]
+    assert watch.rates == [pytest.approx([8e-3 * k / 4]) for k in (4, 3, 2, 1)]
     assert trainer.lr_scheduler.last_epoch == 4 == trainer.state.global_step
     assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0)
     assert logged(trainer, "learning_rate") == pytest.approx([8e-3, 6e-3, 4e-3, 2e-3])
@@ -327,10 +347,9 @@ def test_one_trainer_step_is_one_iteration(build):
 
 def test_one_cycle_schedule_is_torchs(build):
     watch = WatchOuterStep()
-    settings = {"learning_rate": 1e-2, "value_learning_rate": 4e-3}
-    build(callbacks=[watch], max_steps=6, one_cycle_pct_start=0.5, num_ppo_epochs=1, **settings).train()
-    dummy = AdamW([{"params": [torch.zeros(1, requires_grad=True)]}, {"params": [torch.zeros(1, requires_grad=True)]}])
-    schedule = OneCycleLR(dummy, [1e-2, 4e-3], total_steps=7, pct_start=0.5, cycle_momentum=False)
+    build(callbacks=[watch], max_steps=6, one_cycle_pct_start=0.5, num_ppo_epochs=1, learning_rate=1e-2).train()
+    dummy = AdamW([torch.zeros(1, requires_grad=True)])
+    schedule = OneCycleLR(dummy, 1e-2, total_steps=7, pct_start=0.5, cycle_momentum=False)
     assert len(watch.rates) == 6
     for rates in watch.rates:
         assert rates == pytest.approx([group["lr"] for group in dummy.param_groups])
@@ -340,7 +359,7 @@ def test_one_cycle_schedule_is_torchs(build):
     rise = [1e-2 / 25 + (1e-2 - 1e-2 / 25) * (1 - math.cos(math.pi * k / 2.5)) / 2 for k in range(3)]
     low = 1e-2 / 25 / 1e4
     fall = [low + (1e-2 - low) * (1 + math.cos(math.pi * (k - 2.5) / 3.5)) / 2 for k in range(3, 6)]
-    assert [prefix for prefix, _ in watch.rates] == pytest.approx(rise + fall)
+    assert [rate for (rate,) in watch.rates] == pytest.approx(rise + fall)
 
 
 @pytest.mark.parametrize("mini_batches", [4, 5, 6])
@@ -348,29 +367,27 @@ def test_every_pass_has_the_mini_batches_that_were_asked_for(build, mini_batches
     """Also where they cannot be of equal size."""
     trainer = build(max_steps=1, num_ppo_epochs=1, num_mini_batches=mini_batches, value_warmup_batches=0)
     trainer.train()
-    assert adam_steps(trainer)[0] == mini_batches
+    assert adam_steps(trainer) == mini_batches
 
 
 def test_every_response_is_used_once_a_pass(build):
+    """In mini-batches that are drawn anew each iteration."""
     trainer = build(num_ppo_epochs=3, num_mini_batches=4)
-    batches = list(trainer._mini_batches(BATCH))
-    assert [first for _, first in batches] == [True] + [False] * (len(batches) - 1)
-    rows = torch.cat([index for index, _ in batches]).tolist()
-    passes = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    assert [sorted(p) for p in passes] == [list(range(BATCH))] * 3
-    assert len({tuple(p) for p in passes}) > 1
+    draws = [[part.rows.tolist() for part in roll_out(trainer).parts] for _ in range(3)]
+    assert all(sorted(row for part in rows for row in part) == list(range(BATCH)) and len(rows) == 4 for rows in draws)
+    assert len({str(rows) for rows in draws}) == 3
 
 
 @pytest.mark.parametrize(
     ("target_kl", "mini_batches", "updates", "stopped"),
-    # The first pass is always made: at it nothing has moved yet.
+    # The first update is always made: before it nothing has moved.
     [(1e-7, 1, 2, [1.0, 1.0]), (0.0, 2, 2, [1.0, 1.0]), (1e9, 1, 8, [0.0, 0.0]), (None, 1, 8, [])],
 )
 def test_updates_end_when_the_policy_has_moved_too_far(build, target_kl, mini_batches, updates, stopped):
     settings = {"num_ppo_epochs": 4, "learning_rate": 3e-2, "value_warmup_batches": 0}
     trainer = build(target_kl=target_kl, num_mini_batches=mini_batches, **settings)
     trainer.train()
-    assert adam_steps(trainer) == (updates, updates)
+    assert adam_steps(trainer) == updates
     assert logged(trainer, "policy/early_stop") == stopped
     assert max(logged(trainer, "policy/approxkl")) > 1e-7
 
@@ -395,30 +412,12 @@ def test_a_prefix_that_gets_no_gradient_ends_the_run(build):
     plain = trainer.model.forward
 
     def forward(*args, **kwargs):
-        logps, entropy, values = plain(*args, **kwargs)
-        return logps.detach(), entropy.detach(), values
+        logps, entropy, hidden = plain(*args, **kwargs)
+        return logps.detach().requires_grad_(), entropy, hidden
 
     trainer.model.forward = forward
     with pytest.raises(RuntimeError, match="the prefix has no gradient"):
         trainer.train()
-
-
-def test_each_group_is_clipped_by_itself(build, monkeypatch):
-    """A huge value loss does not shrink the prefix's step."""
-    norms, step = [], AdamW.step
-
-    def spy(self, *args, **kwargs):
-        groups = [[p.grad.norm() for p in g["params"] if p.grad is not None] for g in self.param_groups]
-        if all(groups):  # not the warm-up's
-            norms.append([torch.stack(group).norm().item() for group in groups])
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(AdamW, "step", spy)
-    for coefficient in (1e-3, 1e5):
-        build(folder=str(coefficient), max_steps=1, vf_coef=coefficient, num_ppo_epochs=1, max_grad_norm=1e-3).train()
-    (small_prefix, _), (huge_prefix, huge_head) = norms
-    assert small_prefix == pytest.approx(1e-3, rel=1e-2) == huge_prefix
-    assert huge_head == pytest.approx(1e-3, rel=1e-2)
 
 
 # Learning
@@ -430,7 +429,7 @@ def test_a_simple_reward_rises(build, ratio_norm):
     trainer.train()
     scores = logged(trainer, "reward")
     assert len(scores) == 25
-    assert scores[0] < 0.5 and sum(scores[-5:]) / 5 > 0.8, scores
+    assert sum(scores[:3]) / 3 < 0.65 and sum(scores[-5:]) / 5 > 0.8, scores
 
 
 def test_a_large_kl_coefficient_holds_the_prefix_back(build):
@@ -441,7 +440,7 @@ def test_a_large_kl_coefficient_holds_the_prefix_back(build):
         trainer = build(not_ascii, folder=f"kl-{kl_coef}", contexts=[1] * 16, max_steps=12, **settings)
         trainer.train()
         drift[kl_coef] = sum(logged(trainer, "objective/kl")[-5:]) / 5
-    assert drift[0.0] > 2 and drift[3.0] < drift[0.0] / 3, drift
+    assert drift[0.0] > 1 and drift[3.0] < drift[0.0] / 3, drift
 
 
 def test_same_seed_gives_the_same_bytes(build):

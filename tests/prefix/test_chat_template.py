@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -269,6 +270,16 @@ def test_h2s_json_round_trip(hard_prompt, tmp_path):
     content = json.loads((tmp_path / "h2s.json").read_text(encoding="utf-8"))
     assert content["hard_prompt"] == hard_prompt
     assert content["opening_messages"] == prefix.opening_messages
+    assert content["seen"] == []
+
+
+def test_what_trained_the_adapter_is_kept_from_round_to_round(tmp_path):
+    """Nothing at first; each round adds its own."""
+    first = chat_prefix(build_tokenizer(), HARD_PROMPT).having_seen(["b" * 16, "a" * 16])
+    first.save(tmp_path)
+    second = ChatPrefix.load(tmp_path).having_seen(["c" * 16, "a" * 16])
+    assert (first.seen, second.seen) == (["a" * 16, "b" * 16], ["a" * 16, "b" * 16, "c" * 16])
+    assert replace(second, seen=first.seen) == first
 
 
 @pytest.mark.parametrize(
@@ -445,9 +456,18 @@ def test_h2s_json_of_an_adapter_made_before_there_were_settings(tmp_path):
     prefix = chat_prefix(build_tokenizer(), HARD_PROMPT)
     prefix.save(tmp_path)
     fields = json.loads((tmp_path / "h2s.json").read_text(encoding="utf-8"))
-    del fields["chat_template_kwargs"]
+    del fields["chat_template_kwargs"], fields["seen"]
     (tmp_path / "h2s.json").write_text(json.dumps(fields), encoding="utf-8")
-    assert ChatPrefix.load(tmp_path) == prefix
+    assert ChatPrefix.load(tmp_path) == replace(prefix, seen=["unknown"])  # it may have seen anything
+
+
+@pytest.mark.parametrize("seen", [None, "abc", {"a": 1}, [1], [["a"]]], ids=repr)
+def test_a_list_of_what_was_seen_that_is_none(seen, tmp_path):
+    chat_prefix(build_tokenizer(), HARD_PROMPT).save(tmp_path)
+    fields = json.loads((tmp_path / "h2s.json").read_text(encoding="utf-8"))
+    (tmp_path / "h2s.json").write_text(json.dumps(fields | {"seen": seen}), encoding="utf-8")
+    with pytest.raises(InputError, match="does not describe a policy adapter"):
+        ChatPrefix.load(tmp_path)
 
 
 # Several templates, and the beginning that a tokenizer adds

@@ -1,9 +1,10 @@
+import functools
 import math
 
 import pytest
 import torch
 from tiny import HARD_PROMPT, WINDOW, sample_context
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, LlamaConfig
 
 from h2s.prefix import generation
 from h2s.prefix.adapter import hard_prompt_active, prefix_from_hard_prompt, soft_prefix
@@ -285,37 +286,60 @@ def test_completions_end_at_the_first_stop_token(model, tokenizer, prompts):
     assert any(c[-1] not in stops for c in completions)
 
 
-@torch.no_grad()
-def greedy_by_hand(model, ids, new_tokens, stops):
-    """Argmax by argmax over whole forward passes, with neither a cache nor `generate`."""
-    new = []
-    while len(new) < new_tokens and not set(new) & set(stops):
-        new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
-    return new
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+PREFIX, NEW = 20, 12
+SIX_LENGTHS = (3, 14, 5, 17, 9, 14)
+FAMILIES = {
+    "window below prefix": (Gemma3TextConfig, {"sliding_window": 8}),
+    "window below prompt": (Gemma3TextConfig, {"sliding_window": 24}),
+    "window below both": (Gemma3TextConfig, {"sliding_window": 34}),
+    "window of no end": (Gemma3TextConfig, {"sliding_window": 512}),
+    "gemma2": (Gemma2Config, {"sliding_window": 8}),
+    "no window": (LlamaConfig, {}),
+}
 
 
-@pytest.mark.parametrize("beyond_window", [False, True])
-def test_batched_generation_equals_unpadded_greedy(base, tokenizer, reference, beyond_window, monkeypatch):
-    draw = torch.Generator().manual_seed(2)
-    prefix_length, new_tokens = (20, 12) if beyond_window else (9, 6)
-    prefix, *prompts = (
-        torch.randint(6, 320, (n,), generator=draw).tolist() for n in (prefix_length, 3, 14, 5, 17, 9, 14, 12)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_one_call_and_each_row_as_alone(family, tokenizer):
+    """The log-probabilities of each step, beside the model's own on prefix and row as text, unpadded."""
+    config_class, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=320, num_hidden_layers=4, max_position_embeddings=256, initializer_range=0.3, **SIZES, **settings
     )
+    config._attn_implementation = "eager" if family == "gemma2" else "sdpa"  # its softcapping
+    base = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    draw = torch.Generator().manual_seed(2)
+    prefix, *prompts = (torch.randint(6, 320, (n,), generator=draw).tolist() for n in (PREFIX, *SIX_LENGTHS))
     model = prefix_from_hard_prompt(base, prefix)
-    tokenizer.padding_side = "right"  # `generate` needs the left, whatever the tokenizer itself would do
-    lengths = {len(p) for p in prompts}
-    # Exactly the window is still within it.
-    longest = prefix_length + max(lengths) + new_tokens
-    assert longest > WINDOW if beyond_window else longest == WINDOW
-    shapes = []
-    plain = model.generate
-    monkeypatch.setattr(model, "generate", lambda **k: shapes.append(k["input_ids"].shape) or plain(**k))
-    completions = generate(model, tokenizer, prompts, Sampling(new_tokens, temperature=0), [1, 5])
-    # One padded batch within the window; beyond it groups of equal length, each unpadded.
-    assert sorted(shapes) == ([(1, 3), (1, 5), (1, 9), (1, 12), (1, 17), (2, 14)] if beyond_window else [(7, 17)])
-    expected = [greedy_by_hand(reference[0], prefix + p, new_tokens, [1, 5]) for p in prompts]
-    assert len({tuple(e) for e in expected}) > 4
-    assert completions == expected
+    tokenizer.padding_side = "left"  # whatever the tokenizer itself would do
+    steps, passes = [], []
+    base.get_decoder().register_forward_hook(lambda module, args, output: passes.append(output[0].shape[:2]))
+    record = lambda ids, scores: steps.append(scores.log_softmax(-1)) or scores  # noqa: E731
+    with seeded(torch.device("cpu"), 3):
+        completions = generate(model, tokenizer, prompts, Sampling(NEW), [1], logits_processor=[record])
+    # One pass over the prompts, one a token.
+    assert [tuple(shape) for shape in passes] == [(6, max(SIX_LENGTHS)), *[(6, 1)] * NEW]
+    assert max(map(len, completions)) == NEW and len({tuple(c) for c in completions}) == 6
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        with torch.no_grad():
+            logits = base(torch.tensor([prefix + prompt + completion])).logits[0, PREFIX + len(prompt) - 1 : -1]
+        for step, line in enumerate(logits.log_softmax(-1)):
+            assert (steps[step][row] - line).abs().max() < 1e-4, (row, step)
+
+
+def test_nothing_of_the_models_own_generation_config_is_taken(model, tokenizer, prompts):
+    """Penalties and cutoffs that log-probabilities would not know of; the config stays as it was."""
+    sample = functools.partial(generate, model, tokenizer, prompts, Sampling(8), [1, 5])
+    with seeded(torch.device("cpu"), 0):
+        expected = sample()
+    own = {"repetition_penalty": 5.0, "min_p": 0.5, "suppress_tokens": list(range(6, 200)), "min_new_tokens": 8}
+    model.get_base_model().generation_config.update(**own)
+    with seeded(torch.device("cpu"), 0):
+        assert sample() == expected
+    with seeded(torch.device("cpu"), 0):
+        assert sample(**own) != expected
+    assert model.generation_config.min_p == 0.5
 
 
 def test_generate_leaves_the_prefix_as_it_was(model, tokenizer, prompts):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from h2s import InputError, PrefixTuningPolicyModel
 from h2s.prefix.chat_template import encode_prompts
-from h2s.prefix.opened import open_adapter, open_hard_prompt, open_policy
+from h2s.prefix.opened import open_hard_prompt, open_policy
 from h2s.run.arguments import PolicyModelArguments
 
 POSITIONS, PREFIX = 1024, 31
@@ -32,7 +32,7 @@ def test_what_is_known_of_a_policy(opened, gemma_folder, policy_adapter):
     assert opened.config.vocab_size == 320
     assert opened.prefix.hard_prompt == HARD_PROMPT and len(opened.prefix.token_ids) == PREFIX
     assert opened.adapter in (None, str(policy_adapter))
-    assert opened.trained_on == {} == opened.download
+    assert opened.prefix.seen == [] and opened.download == {}
 
 
 def test_encode_gives_what_follows_the_prefix(opened, gemma_folder):
@@ -75,12 +75,6 @@ def test_hard_prompt_that_leaves_no_room(gemma_folder, tmp_path):
     assert open_with(PREFIX + 1).config.max_position_embeddings == PREFIX + 1
     with pytest.raises(InputError, match=f"the hard prompt is {PREFIX} tokens long and leaves the model no room"):
         open_with(PREFIX)
-
-
-def test_what_the_adapter_was_trained_on(policy_adapter, tmp_path):
-    adapter = shutil.copytree(policy_adapter, tmp_path / "adapter")
-    (adapter / "recipe.yaml").write_text("dataset: {path: x, test_size: 0.3}\ntask: {seed: 1}\n", encoding="utf-8")
-    assert open_adapter(adapter).trained_on == {"path": "x", "test_size": 0.3}
 
 
 @pytest.mark.parametrize(

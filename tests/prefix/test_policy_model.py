@@ -10,7 +10,7 @@ from tiny import HARD_PROMPT, WINDOW, sample_context, turns
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 from h2s import InputError, PrefixTuningPolicyModel
-from h2s.prefix.adapter import HARD, SOFT, hard_prefix, soft_prefix
+from h2s.prefix.adapter import HARD, SOFT, fingerprint, hard_prefix, soft_prefix
 from h2s.prefix.policy_model import QUESTION_PREFIX as PREFIX
 
 NEW_TOKENS = 6
@@ -354,3 +354,36 @@ def test_what_no_policy_is_made_of(policy, gemma_folder, given, words):
 def test_what_generate_refuses(policy, conversations, settings, words):
     with pytest.raises(InputError, match=words):
         policy.generate(conversations, **settings)
+
+
+@pytest.mark.parametrize(("made", "used"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")])
+def test_an_adapter_that_nothing_trained_is_the_hard_prompt_in_any_dtype(gemma_folder, tmp_path, prompts, made, used):
+    """Its KL is 0, not the rounding of another dtype; one that was trained is left as it is."""
+    PrefixTuningPolicyModel.from_hard_prompt(gemma_folder, HARD_PROMPT, dtype=made).save_pretrained(tmp_path / "start")
+    policy = PrefixTuningPolicyModel.from_pretrained(tmp_path / "start", dtype=used)
+    policy.add_hard_prompt()
+    assert torch.equal(soft_prefix(policy.model), hard_prefix(policy.model))
+    policy.save_pretrained(tmp_path / "again")  # still nothing but converted
+    other = PrefixTuningPolicyModel.from_pretrained(tmp_path / "again", dtype=made)
+    assert fingerprint(other.model) == other.prefix.start
+    with torch.no_grad():
+        soft_prefix(policy.model)[0, 0] += 1e-3
+    policy.save_pretrained(tmp_path / "trained")
+    trained = PrefixTuningPolicyModel.from_pretrained(tmp_path / "trained", dtype=made)
+    assert torch.equal(soft_prefix(trained.model), soft_prefix(policy.model))
+
+
+def test_one_process_has_one_device(gemma_folder, policy_adapter, base):
+    """A model spread over several is refused with the reason; so is what transformers would swallow."""
+    for make in (
+        lambda **given: PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT, **given),
+        lambda **given: PrefixTuningPolicyModel.from_pretrained(policy_adapter, **given),
+        lambda **given: PrefixTuningPolicyModel.from_hard_prompt(base, HARD_PROMPT, **given),
+    ):
+        with pytest.raises(InputError, match="device_map is not taken: it spreads one process"):
+            make(device_map="auto")
+        with pytest.raises(InputError, match="load_in_8bit is not taken"):
+            make(load_in_8bit=True)
+    base.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(InputError, match="the model lies on several devices by device_map: "):
+        PrefixTuningPolicyModel.from_hard_prompt(base, HARD_PROMPT)

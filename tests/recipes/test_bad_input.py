@@ -6,8 +6,9 @@ The plain mistakes, in one table; hostile and odd files stand in `test_hostile_i
 import json
 
 import pytest
-from tiny import COLUMNS, GOOD_ROW, RECIPES, contexts, save_gemma, says, sheet, turns
+from tiny import COLUMNS, GOOD_ROW, RECIPES, contexts, sample_context, save_gemma, says, sheet, turns
 
+from h2s.data.messages import conversation_id
 from h2s.models import load_tokenizer
 
 WITH_DATA = ("train_reward", "train_policy", "compare")
@@ -90,6 +91,12 @@ def going_on_from(adapter, **keys):
 def same_judge(p):
     """By another path to the same folder."""
     return model(reward_adapter=str(p.reward), judge_adapter=f"{p.reward.parent}/./{p.reward.name}/")
+
+
+def saw_all(key):
+    """An adapter that every context has trained or selected."""
+    seen = [conversation_id(sample_context(i)) for i in range(40)]
+    return lambda p: model(**{key: str(p.copy("policy" if key == "policy_adapter" else "reward", h2s={"seen": seen}))})
 
 
 def prompt_file(file, content="\n"):
@@ -223,6 +230,9 @@ TABLE = [
           ("math.asks_back", "math.asks_back cannot be imported"),
           ("math.pi", "math.pi is a float, not a function"),
       ]],
+    *[(WITH_CONTEXTS, saw_all(key), "nothing is left to report on", "are set aside, since", f"{name} ", "split_seed of")
+      for key, name in (("reward_adapter", "reward"), ("judge_adapter", "judge"))],
+    ("compare", saw_all("policy_adapter"), "nothing is left to report on", "policy "),
     (WITH_ADAPTER, empty("policy_adapter"), "plain is not a policy adapter", "no adapter_config.json"),
     (WITH_ADAPTER, ours("policy_adapter", "reward"), "is not a policy adapter", "SEQ_CLS"),
     (WITH_ADAPTER, made_by_others, "is not a policy adapter made by h2s", "h2s.json"),

@@ -143,7 +143,9 @@ def test_policy_goes_on_from_an_adapter(policy_adapter, assistant_first, reward_
         assistant_first, "--max_steps", 1, "--per_device_train_batch_size", 4, "--max_completion_length", 5,
         "--report_to", "none", "--output_dir", tmp_path, "--run_name", "p")  # fmt: skip
     before, after = (json.loads((f / "h2s.json").read_text()) for f in (policy_adapter, tmp_path / "p"))
+    seen = before.pop("seen"), after.pop("seen")
     assert before == after and after["hard_prompt"] == "You are a kind helper."
+    assert seen[0] == [] and len(seen[1]) > 30  # what trained it and its reward
     config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]).is_absolute()
 
@@ -151,7 +153,8 @@ def test_policy_goes_on_from_an_adapter(policy_adapter, assistant_first, reward_
 def test_a_judge_selects_and_reports(gemma_folder, bert_folder, sheet_file, contexts_file, reward_adapter, tmp_path):
     """With a judge the best step is the one that it prefers, whatever the reward says; both are reported."""
     quiet = ["--report_to", "none", "--output_dir", tmp_path]
-    run("train_reward", "--reward_model_name_or_path", bert_folder, "--path", sheet_file, "--split_seed", 7,
+    # On the same conversations as the reward: on others it may have seen all that is reported.
+    run("train_reward", "--reward_model_name_or_path", bert_folder, "--path", sheet_file, "--seed", 7,
         "--num_train_epochs", 1, "--run_name", "judge", *quiet)  # fmt: skip
     run("train_policy", "--model_name_or_path", gemma_folder, "--hard_prompt", "Be kind.", "--path", contexts_file,
         "--reward_adapter", reward_adapter, "--judge_adapter", tmp_path / "judge", "--max_steps", 3, "--eval_steps", 1,
@@ -212,21 +215,3 @@ def test_push_is_one_upload_of_the_adapter(gemma_folder, tmp_path, monkeypatch):
     adapter = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "h2s.json", "README.md"}
     assert adapter <= lying_there <= allowed and not any("*" in name for name in allowed)
     assert "secret" not in "".join(f.read_text() for f in (tmp_path / "p").glob("*.*") if f.suffix in (".yaml", ".log"))
-
-
-@pytest.mark.parametrize(
-    ("run_split", "words"),
-    [
-        ("dataset: {path: x, test_size: 0.3}", "The prefix was trained by test_size 0.3 and split_seed 42: some may"),
-        (None, "The contexts are the test part by test_size 0.2 and split_seed 42.\n"),
-    ],
-)
-def test_compare_says_what_it_compares(policy_adapter, assistant_first, tmp_path, run_split, words):
-    """By the split that the adapter's own run saved."""
-    adapter = shutil.copytree(policy_adapter, tmp_path / "trained")
-    (adapter / "recipe.yaml").unlink(missing_ok=True)
-    if run_split:
-        (adapter / "recipe.yaml").write_text(run_split, encoding="utf-8")
-    run("compare", "--policy_adapter", adapter, "--path", assistant_first, "--max_completion_length", 2,
-        "--output_dir", tmp_path, "--run_name", "c")  # fmt: skip
-    assert words in (tmp_path / "c" / "README.md").read_text(encoding="utf-8")

@@ -54,7 +54,7 @@ def rezipped(p: Place, name: str, content: str) -> dict:
     workbook(p, GOOD_ROW)
     with zipfile.ZipFile(p.folder / "sheet.xlsx") as archive:
         files = {n: archive.read(n) for n in archive.namelist()}
-    with zipfile.ZipFile(p.folder / "sheet.xlsx", "w") as archive:
+    with zipfile.ZipFile(p.folder / "sheet.xlsx", "w", zipfile.ZIP_DEFLATED) as archive:
         for file, data in (files | {name: content.encode()}).items():
             archive.writestr(file, data)
     return {"dataset": {"path": str(p.folder / "sheet.xlsx")}}
@@ -95,6 +95,10 @@ WORKBOOKS = {
     "zip of something else": (lambda p: rezipped(p, "[Content_Types].xml", "<x/>"), "cannot be read as .xlsx"),
     "XML that is none": (lambda p: rezipped(p, "xl/worksheets/sheet1.xml", "<worksheet"), "cannot be read as .xlsx"),
     "XML bomb": (lambda p: rezipped(p, "xl/worksheets/sheet1.xml", BOMB), "cannot be read as .xlsx"),
+    "zip bomb": (
+        lambda p: rezipped(p, "xl/worksheets/sheet1.xml", " " * 60 * 2**20),
+        "it unpacks to 60 MB, more than the 32 MB that are read: save it as .csv or .jsonl",
+    ),
     "formula without value": (response("=A1&B1"), "row 3: policy_response", "uncomputed formula", "give its text"),
     "command as a formula": (response(CALC), "row 3: policy_response", "uncomputed formula"),
     "error cell": (response("#REF!"), "row 3: policy_response", "an error", "give its text"),

@@ -6,6 +6,7 @@ from scipy import stats
 
 from h2s.report.intervals import (
     adjusted_interval,
+    between_share,
     difference_text,
     mean_interval,
     share_interval,
@@ -289,3 +290,30 @@ def test_variance_that_rounds_to_below_zero(scale):
     """The line through (0, 0), (2, 1) and (2, -1) has an intercept without variance, and rounding makes it negative."""
     adjusted = adjusted_interval([0, 1, -1], np.array([0, 2, 2]) * scale, list("abc"))
     assert adjusted == pytest.approx((0, 0, 0, 0), abs=1e-5)
+
+
+# The share between rows
+
+
+def test_between_share_by_hand():
+    """Rows 1, 3; 5, 7; 3, 5: means 2, 6, 4 around 4, so 2 (4 + 4 + 0) / 2 = 8 between, and 2 within."""
+    values = np.array([[1.0, 3.0], [5.0, 7.0], [3.0, 5.0]])
+    share, low, high = between_share(values)
+    assert share == pytest.approx((8 - 2) / (8 + 2)) and low < share < high < 1
+    # F(2, 3) at 0.975 is 16.04, F(3, 2) 39.17.
+    assert low == pytest.approx((4 / 16.04 - 1) / (4 / 16.04 + 1), abs=1e-3)
+    assert high == pytest.approx((4 * 39.17 - 1) / (4 * 39.17 + 1), abs=1e-3)
+    assert between_share(values[:, :1] + [0.0, 0.0]) == (1, 1, 1)
+    assert between_share(np.vstack([values, [[np.nan, 9.0]]])) == (share, low, high)
+    for nothing in (values[:1], values[:, :1], np.ones((3, 2))):
+        assert np.isnan(between_share(nothing)).all()
+
+
+def test_between_share_covers():
+    """Of 400 draws with a true share of 0.6."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        values = 0.6**0.5 * rng.normal(size=(16, 1)) + 0.4**0.5 * rng.normal(size=(16, 2))
+        _, low, high = between_share(values)
+        covered += low <= 0.6 <= high
+    assert 0.93 <= covered / 400 <= 0.98

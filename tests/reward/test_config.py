@@ -17,6 +17,18 @@ def test_checkpointing_is_refused(name):
     assert not getattr(RewardModelConfig(), name)
 
 
+def test_a_launch_with_fsdp_is_refused(monkeypatch):
+    """accelerate_configs/fsdp2.yaml wraps the policy's layers, which no encoder has."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="FSDP is not for stage 1, whose model fits a card: launch with accelerate_co"):
+        RewardModelConfig()
+
+
+def test_a_negative_rate_is_refused():
+    with pytest.raises(InputError, match="head_learning_rate must be at least 0, got -1"):
+        RewardModelConfig(head_learning_rate=-1)
+
+
 def test_the_defaults_that_differ_are_those_that_the_docstring_lists():
     ours, theirs = ({f.name: f.default for f in dataclasses.fields(c)} for c in (RewardModelConfig, RewardConfig))
     differing = sorted(name for name, value in theirs.items() if ours[name] != value)

@@ -344,6 +344,19 @@ def test_scorers_by_name(reward_adapter, policy_adapter, bert_folder, tmp_path):
         open_scorers(str(reward_adapter), str(policy_adapter))
 
 
+def test_what_rewards_have_seen(bert_folder, tmp_path):
+    """Said by adapters before they load and after, by models, and by no function."""
+    for name, seen in (("one", ["a" * 16, "b" * 16]), ("other", ["b" * 16, "c" * 16])):
+        model = build_reward_model(bert_folder)
+        model.seen = seen
+        model.save_pretrained(tmp_path / name)
+    rewards = RewardFunctions([length, str(tmp_path / "one"), model])
+    for _ in range(2):
+        assert rewards.seen == {"a" * 16, "b" * 16, "c" * 16}
+        rewards.load()
+    assert RewardFunctions(length).seen == set()
+
+
 def test_function_of_the_users_folder(tmp_path):
     """Beside the recipe's call, without being installed; imported once for all."""
     (tmp_path / "h2s_test_rewards_own.py").write_text(

@@ -305,7 +305,25 @@ def test_adapter_without_a_limit_takes_what_fits(loud, content, tmp_path):
         (tmp_path / "h2s.json").unlink()
     else:
         (tmp_path / "h2s.json").write_text(content)
-    assert RewardModel.from_pretrained(tmp_path).max_tokens == 128 - VIRTUAL
+    loaded = RewardModel.from_pretrained(tmp_path)
+    assert (loaded.max_tokens, loaded.seen) == (128 - VIRTUAL, ["unknown"])  # nor does it say what trained it
+
+
+def test_what_it_has_seen_is_saved_with_it(loud, tmp_path):
+    loud.seen = ["a" * 16, "b" * 16]
+    loud.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "h2s.json").read_text(encoding="utf-8"))["seen"] == loud.seen
+    assert RewardModel.from_pretrained(tmp_path).seen == loud.seen
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "[" * 9999, '{"seen": "abc"}', '{"seen": [1]}', '{"max_tokens": "9"}'], ids=lambda c: c[:9]
+)
+def test_h2s_json_that_is_none(loud, content, tmp_path):
+    loud.save_pretrained(tmp_path)
+    (tmp_path / "h2s.json").write_text(content)
+    with pytest.raises(InputError, match=r"h2s.json does not describe a reward adapter"):
+        RewardModel.from_pretrained(tmp_path)
 
 
 def test_policy_adapter_is_no_reward_model(policy_adapter):

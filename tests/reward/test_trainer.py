@@ -13,6 +13,7 @@ from transformers import BertForSequenceClassification, TrainerCallback
 
 from h2s import InputError, RewardModel, RewardModelConfig, RewardModelTrainer, load_preferences
 from h2s import hub as hub_module
+from h2s.data.splits import conversations_in
 from h2s.errors import RunError
 from h2s.models import load_base_model, load_tokenizer
 from h2s.prefix.adapter import soft_prefix
@@ -345,6 +346,20 @@ def test_a_saved_model_is_a_reward_model(build, tmp_path):
         pairs = ["walk", "tea"], ["how was it?", "I see."]
         assert loaded.max_tokens == LIMIT
         torch.testing.assert_close(loaded.score(*pairs), trainer.reward_model.score(*pairs))
+
+
+def test_a_saved_model_says_what_trained_and_selected_it(build, sheet_file):
+    """Wherever it lies: with each checkpoint, and at the end."""
+    judged = load_preferences(str(sheet_file))
+    train, select = judged.select(range(16)), judged.select(range(20, 26))
+    for given, parts in (({"eval_dataset": select}, (train, select)), ({"eval_dataset": None}, (train,))):
+        trainer = build(folder=f"of-{len(parts)}", save_strategy="steps", save_steps=1, max_steps=1, **given)
+        trainer.train()
+        trainer.save_model()
+        root, expected = Path(trainer.args.output_dir), conversations_in(*parts)
+        assert len(expected) == {1: 8, 2: 11}[len(parts)] and trainer.reward_model.seen == expected
+        for folder in (root, root / "checkpoint-1"):
+            assert json.loads((folder / "h2s.json").read_text(encoding="utf-8"))["seen"] == expected
 
 
 class StopAfter(TrainerCallback):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from h2s.run.checkpoints import WholeCheckpoints
@@ -44,17 +45,17 @@ class Scripted(WholeCheckpoints):
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
-            torch.save(self.model.state_dict(), os.path.join(output_dir, "line.pt"))
+            save_file(self.model.state_dict(), os.path.join(output_dir, "adapter_model.safetensors"))
             if "checkpoint-" in output_dir:  # as Trainer's own does
                 torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.model.load_state_dict(torch.load(os.path.join(resume_from_checkpoint, "line.pt"), weights_only=True))
+        self.model.load_state_dict(load_file(os.path.join(resume_from_checkpoint, "adapter_model.safetensors")))
 
 
 @pytest.fixture
 def build(tmp_path):
-    def make(losses=(3, 1, 2, 2, 2), limit: int | None = 1, callbacks=None, **settings) -> Scripted:
+    def make(losses=(3, 1, 2, 2, 2), limit: int | None = 1, callbacks=None, rows=3, **settings) -> Scripted:
         args = TrainingArguments(
             **{
                 "output_dir": str(tmp_path / "run"),
@@ -72,8 +73,8 @@ def build(tmp_path):
             }
             | settings
         )
-        rows = Dataset.from_dict({"x": [1.0, 2.0, 3.0]})
-        return Scripted(losses, model=Line(), args=args, train_dataset=rows, eval_dataset=rows, callbacks=callbacks)
+        data = Dataset.from_dict({"x": [float(n + 1) for n in range(rows)]})
+        return Scripted(losses, model=Line(), args=args, train_dataset=data, eval_dataset=data, callbacks=callbacks)
 
     return make
 

@@ -1,5 +1,3 @@
-import re
-
 import pytest
 
 from h2s.errors import InputError
@@ -68,27 +66,11 @@ def test_one_reward(adapter, function):
         arguments.check_reward()
 
 
-@pytest.mark.parametrize(
-    ("trained_on", "chosen", "words"),
-    [
-        ({"path": "x"}, {}, "The contexts are the test part by test_size 0.2 and split_seed 42."),
-        ({"path": "x", "test_size": 0.3}, {"test_size": 0.3}, "the test part by test_size 0.3 and split_seed 42."),
-        (
-            {"path": "x", "test_size": 0.3},
-            {},
-            "split_seed 42. The prefix was trained by test_size 0.3 and split_seed 42: some may have trained it.",
-        ),
-        (
-            {"path": "x"},
-            {"split_seed": 1},
-            "split_seed 1. The prefix was trained by test_size 0.2 and split_seed 42: some may have trained it.",
-        ),
-        ({}, {"split_seed": 1}, "by test_size 0.2 and split_seed 1."),  # converted, not trained; or not known
-        ({"path": "x"}, {"split": "all"}, "The contexts are all of the file: some may have trained the prefix."),
-    ],
-)
-def test_which_contexts_are_compared(trained_on, chosen, words):
-    assert re.search(re.escape(words) + "$", CompareDatasetArguments(**chosen).which_contexts(trained_on))
+def test_which_contexts_are_compared():
+    assert CompareDatasetArguments(test_size=0.3).which_contexts() == (
+        "The contexts are the test part by test_size 0.3 and split_seed 42."
+    )
+    assert CompareDatasetArguments(split="all").which_contexts() == "The contexts are all of the file."
 
 
 @pytest.mark.parametrize(

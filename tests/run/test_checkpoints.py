@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from transformers import TrainingArguments
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import TrainerCallback, TrainingArguments
 
 import h2s.run.checkpoints
 from h2s.errors import InputError, RunError
@@ -16,7 +17,8 @@ from h2s.run.checkpoints import ChooseAnewElsewhere, EvaluateLastStep, LogBefore
 
 def checkpoint(folder, processes: int = 1) -> Path:
     folder.mkdir(parents=True)
-    (folder / "trainer_state.json").touch()
+    for name in ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt"):
+        (folder / name).touch()
     for rank in range(processes):
         (folder / f"rng_state_{rank}.pth").touch()
     return folder
@@ -98,6 +100,132 @@ def test_another_number_of_processes_is_refused(goes_on_from, tmp_path, wrote, b
     words = f"{folder} was written by {wrote} processes, this run has 1: start {wrote}"
     with pytest.raises(InputError, match=words):
         goes_on_from(str(folder) if by_name else True)
+
+
+@pytest.mark.parametrize(
+    ("file", "instead", "words"),
+    [
+        ("optimizer.pt", "other.pt", r"holds no optimizer \(as by save_only_model\): it cannot be resumed"),
+        ("adapter_model.safetensors", "adapter_model.bin", "holds no adapter_model.safetensors: it cannot be resumed"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(goes_on_from, tmp_path, file, instead, words):
+    """Nor are weights read that are no safetensors."""
+    folder = checkpoint(tmp_path / "run" / "checkpoint-8")
+    (folder / file).rename(folder / instead)
+    with pytest.raises(InputError, match=f"{folder} {words}"):
+        goes_on_from(True)
+
+
+class Rates(TrainerCallback):
+    """The learning rate that each step was made with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+class OneCycle:
+    """The trainer of these tests with torch's schedule, which keeps its length in its state."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        steps = num_training_steps + 1
+        self.lr_scheduler = OneCycleLR(self.optimizer.optimizer, self.args.learning_rate, steps, cycle_momentum=False)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+@pytest.fixture
+def rates(build):
+    """The rates of a run's steps."""
+
+    def run(steps, resume=False, one_cycle=False, **settings):
+        watch = Rates()
+        trainer = build(losses=[1] * steps, limit=None, callbacks=[watch], **{"learning_rate": 0.1, **settings})
+        if one_cycle:
+            trainer.__class__ = type("Cycled", (OneCycle, type(trainer)), {})
+        trainer.train(resume_from_checkpoint=resume)
+        return watch.seen
+
+    return run
+
+
+SCHEDULES = [
+    {"one_cycle": True},
+    *[{"lr_scheduler_type": kind} for kind in ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")],
+    {"lr_scheduler_type": "linear", "warmup_steps": 2},
+    {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.01}},
+    {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}},
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: next(iter(s.values())))
+def test_a_run_that_is_given_more_steps_has_the_schedule_of_its_new_length(rates, tmp_path, schedule):
+    """From its first step on, which Trainer would still make at the old schedule's rate."""
+    whole = rates(7, output_dir=str(tmp_path / "whole"), **schedule)
+    begun = rates(3, **schedule)
+    assert rates(7, resume=True, **schedule) == whole[3:]
+    assert len(whole) == 7 and len(begun) == 3
+    assert schedule == {"lr_scheduler_type": "constant"} or len(set(whole)) > 1
+
+
+def test_a_resumed_run_has_the_rate_that_it_is_given(rates):
+    """Trainer would keep the old one without a word."""
+    assert rates(2, lr_scheduler_type="constant") == [0.1, 0.1]
+    assert rates(4, resume=True, lr_scheduler_type="constant", learning_rate=0.5) == [0.5, 0.5]
+
+
+def test_what_evaluations_made_of_the_rate_is_gone_on_with(rates):
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}}
+    assert rates(3, **plateau) == [0.1, 0.1, 0.05]
+    assert rates(5, resume=True, **plateau) == [0.025, 0.0125]
+
+
+def test_a_schedules_least_rate_counts_in_learning_rate(build, monkeypatch):
+    """Transformers takes the optimizer's default rate for it."""
+    trainer = build(learning_rate=0.5)
+    assert trainer.adamw((list(trainer.model.parameters()), 0.5)).defaults["lr"] == 0.5
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(build, tmp_path):
+    build(losses=[1] * 4).train()
+    again = build(losses=[1] * 3)
+    with pytest.raises(
+        InputError, match=r"checkpoint-4 is past this run's last step, 3: raise max_steps or num_train_ep"
+    ):
+        again.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"per_device_train_batch_size": 2},
+            "per_device_train_batch_size was 1 when this run began, now it is 2: go on",
+        ),
+        (
+            {"gradient_accumulation_steps": 2},
+            "step 4 was epoch 1.333 when this run began, here it is 2: go on with the",
+        ),
+        ({"rows": 4}, "step 4 was epoch 1.333 when this run began, here it is 1: go on with the data and"),
+    ],
+)
+def test_a_run_that_would_not_go_on_as_it_began_is_refused(build, tmp_path, settings, words):
+    build(losses=[1] * 4).train()
+    again = build(losses=[1] * 6, **settings)
+    with pytest.raises(InputError, match=words):
+        again.train(resume_from_checkpoint=True)
+    assert not (tmp_path / "run" / "checkpoint-5").exists()
+
+
+def test_accumulation_goes_on_within_an_epoch(build):
+    """Two steps an epoch, of two batches and of one."""
+    for steps in (1, 3, 4):
+        trainer = build(losses=[1] * steps, gradient_accumulation_steps=2)
+        trainer.train(resume_from_checkpoint=steps > 1)
+    assert trainer.state.global_step == 4
 
 
 @pytest.mark.parametrize("push", [False, True])
@@ -222,12 +350,12 @@ def test_the_best_replaces_what_lies_at_the_runs_root(build, tmp_path):
     run = tmp_path / "run"
     trainer = build()
     run.mkdir(exist_ok=True)
-    for name in ("line.pt", "train.log"):
+    for name in ("adapter_model.safetensors", "train.log"):
         (run / name).write_text("before", encoding="utf-8")
     trainer.save_best()
-    assert names(run) == {"line.pt", "train.log", "README.md"}
+    assert names(run) == {"adapter_model.safetensors", "train.log", "README.md"}
     assert (run / "train.log").read_text(encoding="utf-8") == "before"
-    assert (run / "line.pt").read_bytes() != b"before"
+    assert (run / "adapter_model.safetensors").read_bytes() != b"before"
 
 
 @pytest.mark.parametrize(("strategy", "at"), [("steps", [2, 4, 5]), ("no", [])])

@@ -107,13 +107,12 @@ def test_forms_of_a_float(parse, number):
         ("whiten_advantages", "no", False),
         ("remove_unused_columns", "null", None),
         ("eval_strategy", "'no'", "no"),
-        ("optim", "sgd", "sgd"),
+        ("optim", "adamw_torch", "adamw_torch"),
         ("report_to", "tensorboard", ["tensorboard"]),
         ("report_to", "[]", []),
-        ("include_for_metrics", "[inputs, --loss]", ["inputs", "--loss"]),
-        ("debug", "[underflow_overflow]", ["underflow_overflow"]),
-        ("lr_scheduler_kwargs", "{num_cycles: 2}", {"num_cycles": 2}),
-        ("lr_scheduler_kwargs", """'{"num_cycles": 2}'""", {"num_cycles": 2}),
+        ("report_to", "[tensorboard, --loss]", ["tensorboard", "--loss"]),
+        ("lr_scheduler_kwargs", "{num_cycles: 2}\n  lr_scheduler_type: cosine", {"num_cycles": 2}),
+        ("lr_scheduler_kwargs", """'{"num_cycles": 2}'\n  lr_scheduler_type: cosine""", {"num_cycles": 2}),
         *[("run_name", f"'{text}'", text) for text in ("", "--", "--seed", "-x", "a b", "a=b", "null", "true", "007")],
     ],
 )
@@ -190,6 +189,12 @@ def test_defaults_of_a_recipe(tmp_path):
         (POLICY, "task", "label_names: [a, 7]", "label_names must be str, got int 7; put it in quotes"),
         (POLICY, "task", "report_to: [null]", "report_to must be str, got NoneType None"),
         (POLICY, "task", "debug: [all]", "argument --debug: invalid DebugOption value: 'all'"),
+        (
+            POLICY,
+            "model",
+            "device_map: auto",
+            "unknown key device_map: it spreads one process's model over several cards",
+        ),
         (POLICY, "task", "learning_rte: 1", r"unknown key learning_rte; did you mean learning_rate\?$"),
         (POLICY, "task", "num_minibatches: 1", r"unknown key num_minibatches; did you mean num_mini_batches\?$"),
         (POLICY, "model", "hard_prompt_fil: 1", r"unknown key hard_prompt_fil; did you mean hard_prompt_file\?$"),
@@ -309,9 +314,10 @@ def settings(values):
         ),
         (POLICY, ["--ratio_norm", "mean", "--eval_strategy", "no", "--report_to", "none", "--run_name", "2024"]),
         (POLICY, ["--chat_template_kwargs", '{"enable_thinking": false}', "--reward_weights", "0.5"]),
-        (POLICY, ["--accelerator_config", '{"split_batches": true}', "--debug", "underflow_overflow"]),
-        (POLICY, ["--activation_checkpointing_kwargs", '{"use_reentrant": false}', "--include_for_metrics", "inputs"]),
-        (POLICY, ["--target_kl", "null", "--adam_epsilon", "1e-07", "--learning_rate", "1e-05", "--optim", "sgd"]),
+        (
+            POLICY,
+            ["--target_kl", "null", "--adam_epsilon", "1e-07", "--learning_rate", "1e-05", "--optim", "adamw_torch"],
+        ),
         *[
             (POLICY, ["--hard_prompt", text, "--run_name", text])
             for text in ("007", "true", "null", "1e-3", "~", "2:30")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -316,7 +317,8 @@ class SingleStepPPOTrainer(EvaluatedPolicy):
         """
         self.accelerator.backward(loss)
         largest = self.args.max_grad_norm or math.inf  # 0 is no clipping, as Trainer has it
-        norm = float(self.accelerator.clip_grad_norm_([soft_prefix(self.policy.model)], largest))
+        norm = self.accelerator.clip_grad_norm_([soft_prefix(self.policy.model)], largest)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         self.iterations.metrics["policy/grad_norm"].append(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -23,6 +23,7 @@ from peft import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from h2s.errors import InputError, in_short
@@ -179,8 +180,14 @@ def load_weights(model: PeftModel, folder: str | Path) -> None:
     Raises:
         InputError: the weights are of another shape, or the file is damaged.
     """
+    soft = soft_prefix(model)
     try:
-        set_peft_model_state_dict(model, load_file(Path(folder) / ADAPTER_WEIGHTS), adapter_name=SOFT)
+        weights = load_file(Path(folder) / ADAPTER_WEIGHTS)
+        if isinstance(soft, DTensor):
+            whole = weights["prompt_embeddings"].to(soft.device)
+            soft.data.copy_(distribute_tensor(whole, soft.device_mesh, soft.placements))
+        else:
+            set_peft_model_state_dict(model, weights, adapter_name=SOFT)
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:  # RuntimeError: torch's, of a shape
         raise InputError(f"the adapter in {folder} does not fit this model: {in_short(error)}") from error
 

@@ -13,9 +13,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
 
 from h2s.errors import InputError, RunError
@@ -24,6 +31,7 @@ from h2s.hub import SavedAdapter
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
+WHOLE = StateDictOptions(full_state_dict=True)  # what a process has only a shard of
 UNFINISHED, UNFINISHED_ADAPTER = "unfinished-checkpoint", "unfinished-adapter"
 # What a checkpoint is resumed from. PEFT would take weights of another format, too.
 NEEDED = {"adapter_model.safetensors": "adapter_model.safetensors", "optimizer*": "optimizer (as by save_only_model)"}
@@ -123,11 +131,29 @@ class WholeCheckpoints(Trainer):
         logger.info("resuming from %s", folder)
         return str(folder)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP Trainer saves the whole frozen model beside them: here the moments alone, gathered by all."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        moments = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)
+        if self.args.should_save:
+            torch.save(moments, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The moments, and the place in this run's own schedule: Trainer keeps old rates, and one cycle its old end."""
         schedule, groups = self.lr_scheduler, self.optimizer.param_groups
         own, settings = dict(vars(schedule)), [{k: v for k, v in g.items() if k != "params"} for g in groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and self.is_fsdp_enabled:
+            moments, place = (
+                torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+                for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+            )
+            set_optimizer_state_dict(self.model, self.optimizer.optimizer, moments, options=WHOLE)
+            schedule.load_state_dict(place)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not isinstance(schedule, LRScheduler) or isinstance(schedule, ReduceLROnPlateau):
             return  # what evaluations have made of the rate is in the checkpoint alone
         step, last = self.state.global_step, self.state.max_steps
@@ -233,7 +259,8 @@ class WholeCheckpoints(Trainer):
         Raises:
             RunError: it is so.
         """
-        finite = torch.stack([t.isfinite().all() for t in tensors]).all()
+        here = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        finite = torch.stack([t.isfinite().all() for t in here]).all()
         if not self.accelerator.gather(finite.int().to(self.args.device)).all():
             raise RunError(problem)
 

@@ -16,7 +16,7 @@ from h2s import PrefixTuningPolicyModel
 from h2s.run.folder import run_recipe
 
 UPDATES = ROOT / "tests" / "distributed" / "updates.py"
-SHARDED = ROOT / "tests" / "distributed" / "sharded.py"
+FSDP2 = ROOT / "tests" / "distributed" / "fsdp2.py"
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +56,45 @@ def test_two_processes_end_where_one_does(way, updates):
         assert alone["score"].isna().any() == (way == "left-out")
 
 
-def test_sharded_by_fsdp2(gemma_folder, tmp_path):
-    """Forward, gradient and the saved prefix of a model that no process holds whole."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run(*torchrun, str(SHARDED), str(gemma_folder), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [r["world_size"] for r in results] == [2, 2]
-    rows = results[0]["rows of the prefix"]
-    assert sum(r["rows of the prefix here"] for r in results) == rows and rows > results[0]["rows of the prefix here"]
-    for result in results:
-        assert result["logps"] < 1e-6 and result["gradient"] < 1e-6 and result["largest gradient"] > 1e-3
-    saved = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
-    whole = load_file(tmp_path / "whole.safetensors")
-    assert torch.equal(saved, whole.pop("prefix"))
-    head = load_file(tmp_path / "value_head.safetensors")
-    assert head.keys() == whole.keys() and all(torch.equal(head[name], whole[name]) for name in whole)
+@pytest.fixture(scope="module")
+def shards(gemma_folder, tmp_path_factory):
+    """Folders of `fsdp2.py`: by `fsdp2.yaml` as it is on two processes, and whole on one."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("whole", "sharded")]
+    for done in (
+        run(sys.executable, str(FSDP2), str(gemma_folder), str(folders[0]), "4"),
+        launch(2, str(FSDP2), str(gemma_folder), str(folders[1]), "2", config="fsdp2"),
+    ):
+        assert done.returncode == 0, done.stderr[-2000:]
+    return folders
+
+
+def test_a_policy_that_fsdp2_shards_ends_where_it_ends_whole(shards):
+    """It samples, scores, updates, evaluates, saves, resumes and reports as one process does."""
+    whole, sharded = (json.loads((folder / "result.json").read_text()) for folder in shards)
+    assert not whole["sharded"] and sharded["sharded"] and sharded["world_size"] == 2
+    assert 0 < sharded["rows here"] < sharded["rows"] == whole["rows"]
+    ends = [
+        [
+            load_file(folder / "run" / f"checkpoint-{n}" / "adapter_model.safetensors")["prompt_embeddings"]
+            for n in (1, 3)
+        ]
+        for folder in shards
+    ]
+    assert all((last - first).abs().max() > 1e-3 for first, last in ends)
+    for one, two in zip(*ends, strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    heads = [load_file(folder / "run" / "checkpoint-3" / "value_head.safetensors") for folder in shards]
+    for name, value in heads[0].items():
+        torch.testing.assert_close(heads[1][name], value, rtol=0, atol=1e-5)
+    for one, two in zip(whole["log"], sharded["log"], strict=True):
+        timeless = {name: value for name, value in one.items() if "runtime" not in name and "second" not in name}
+        assert {name: two[name] for name in timeless} == pytest.approx(timeless, rel=1e-4, abs=1e-5, nan_ok=True)
+    assert sharded["replies"] == whole["replies"] and len(set(whole["replies"])) == 2
+    for name, values in whole["report"].items():
+        assert sharded["report"][name] == (values if name in ("soft", "hard") else pytest.approx(values, abs=1e-4))
+    # No process wrote the frozen model, and what was written is what one process writes.
+    names = [{f.name for f in (folder / "run" / "checkpoint-3").iterdir()} for folder in shards]
+    assert names[1] - names[0] == {"rng_state_0.pth", "rng_state_1.pth"} and names[0] - names[1] == {"rng_state.pth"}
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ from h2s.prefix.generation import Batch, Sampling
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
 from h2s.report.intervals import between_share
 from h2s.reward.functions import RewardFunction, RewardFunctions, reward_columns
-from h2s.run.checkpoints import ChooseAnewElsewhere, EvaluateLastStep, LogBeforeSaving
+from h2s.run.callbacks import ChooseAnewElsewhere, EvaluateLastStep, LogBeforeSaving
 
 logger = logging.getLogger(__name__)
 

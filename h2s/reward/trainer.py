@@ -35,7 +35,8 @@ from h2s.reward.model import (
     open_encoder,
     tokenize_preferences,
 )
-from h2s.run.checkpoints import LogBeforeSaving, WholeCheckpoints
+from h2s.run.callbacks import LogBeforeSaving
+from h2s.run.checkpoints import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What Trainer leaves open at its steps: the last evaluation, log lines before checkpoints, where a resumed run begins."""
+"""What Trainer leaves open: the last evaluation, log lines before checkpoints, where a resumed run begins."""
 
 import logging
 import math

@@ -125,17 +125,11 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return content
 
 
-def read_saved_section(path: Path, section: str) -> dict[str, Any]:
-    """Read a section of the recipe that a run wrote; empty where the run left none."""
-    values = _read_yaml(path).get(section) if path.is_file() else None
-    return values if isinstance(values, dict) else {}
-
-
 def split_mismatch(path: Path, dataset: Any) -> str | None:
     """Compare a resumed run's split with the one that the run's recipe records: the first difference, or None."""
     if not path.is_file():
         return None
-    saved = read_saved_section(path, "dataset")
+    saved = _read_yaml(path).get("dataset") or {}
     for f in dataclasses.fields(dataset):
         was, now = saved.get(f.name, f.default), getattr(dataset, f.name)
         if f.name != "path" and was != now:  # a file may have been moved

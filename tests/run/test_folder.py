@@ -382,15 +382,15 @@ BUGS = [
     ("train_policy", "h2s.prefix.opened.chat_prefix", False),
     ("train_policy", "h2s.reward.functions.read_adapter_config", False),
     ("train_reward", "h2s.data.datasets.check_unicode", False),
-    ("compare", "h2s.prefix.opened.read_saved_section", False),
+    ("compare", "h2s.prefix.opened.read_adapter_config", False),
     ("convert_prompt", "open_policy", False),
     ("convert_prompt", "resolve_dtype", True),
     ("train_reward", "split_for_models", False),
     ("train_reward", "sheet_report", True),
-    ("train_policy", "split_by_conversation", False),
+    ("train_policy", "h2s.data.splits.split_by_conversation", False),
     ("train_policy", "SingleStepPPOTrainer", True),
     ("generate", "parse_messages", False),
-    ("compare", "split_by_conversation", False),
+    ("compare", "h2s.data.splits.split_by_conversation", False),
     ("compare", "soft_vs_hard", True),
 ]
 

@@ -21,7 +21,7 @@ from h2s.run.arguments import (
     RewardModelArguments,
     RunArguments,
 )
-from h2s.run.recipe import parse_recipe, read_saved_section, split_mismatch, write_recipe
+from h2s.run.recipe import parse_recipe, split_mismatch, write_recipe
 
 POLICY = (PolicyModelArguments, DatasetArguments, SingleStepPPOConfig)
 REWARD = (RewardModelArguments, RewardDatasetArguments, TaskArguments)
@@ -353,15 +353,6 @@ def test_defaults_are_not_written(tmp_path):
     write_recipe(tmp_path / "recipe.yaml", *parse_recipe(*COMPARE, ["--temperature", "0.7", "--top_k", "5"]))
     content = yaml.safe_load((tmp_path / "recipe.yaml").read_text(encoding="utf-8"))
     assert content == {"model": {}, "dataset": {}, "task": {"top_k": 5}}
-
-
-def test_a_saved_section(tmp_path):
-    """Of a recipe that a run wrote, or of none."""
-    file = tmp_path / "recipe.yaml"
-    assert read_saved_section(file, "dataset") == {}
-    file.write_text("dataset: {split_seed: 9}\nmodel:\n", encoding="utf-8")
-    assert read_saved_section(file, "dataset") == {"split_seed": 9}
-    assert read_saved_section(file, "model") == read_saved_section(file, "task") == {}
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,9 @@ def test_an_iteration(build, updates):
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     trainer.train()
-    seconds, gigabytes = (time.perf_counter() - begin) / 3, torch.cuda.max_memory_allocated() / 2**30
+    seconds, gigabytes = time.perf_counter() - begin, torch.cuda.max_memory_allocated() / 2**30
     first, second = (line for line in trainer.state.log_history if "reward" in line)
-    print(f"\n{updates} updates: {seconds:.1f} s an iteration (of 2 and the warm-up), {gigabytes:.1f} GB at the peak")
+    print(f"\n{updates} updates: {seconds:.1f} s for two iterations and the warm-up, {gigabytes:.1f} GB at the peak")
     assert first["completions/mean_length"] > REPLY / 2 and abs(first["objective/kl"]) < 1e-6
     assert first["val/ratio"] == second["val/ratio"] == 1 and second["objective/kl"] != 0
 

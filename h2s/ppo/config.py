@@ -1,8 +1,10 @@
 """The settings of stage 2."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from h2s.errors import InputError
@@ -115,6 +117,8 @@ class SingleStepPPOConfig(TrainingArguments):
 
     def __post_init__(self):
         check_settings(self, REFUSED)
+        if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") != "2":
+            raise InputError("FSDP 1 was not run with a prefix: launch with accelerate_configs/fsdp2.yaml")
         if self.gradient_checkpointing or self.activation_checkpointing:
             raise InputError("gradient_checkpointing does not work with a prefix: leave it off, raise num_mini_batches")
         if self.fp16:

@@ -1,6 +1,5 @@
 """What Trainer can be told and a run of h2s cannot do: refused by name, with the reason, before anything loads."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 
@@ -91,8 +90,6 @@ def check_settings(args: TrainingArguments, also_refused: Mapping[str, str]) -> 
     Raises:
         InputError: one is set that no run of h2s can do, one has no effect, or a number is too small.
     """
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise InputError("FSDP1 was not run with a prefix: launch with accelerate_configs/fsdp2.yaml, which is FSDP2")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(f"this was launched with DeepSpeed: {NO_DEEPSPEED}")
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}

@@ -30,11 +30,27 @@ from h2s import InputError, SingleStepPPOConfig
         ({"one_cycle_pct_start": 0.2, "lr_scheduler_type": "cosine"}, "one_cycle_pct_start is a schedule of its own"),
         ({"one_cycle_pct_start": 0.2, "warmup_steps": 2}, "one_cycle_pct_start is a schedule of its own: leave lr"),
         ({"num_mini_batches": 7, "per_device_train_batch_size": 6}, "num_mini_batches is 7, more than the 6 contexts"),
+        ({"bf16": True}, "mixed_precision must be no, got bf16"),
+        ({"value_warmup_batches": 0}, "scale_rewards takes its unit from the warm-up: value_warmup_batches must be at"),
     ],
 )
 def test_settings_that_are_refused(settings, words):
     with pytest.raises(InputError, match=words):
         SingleStepPPOConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision must be no, got bf16 .*accelerate launch"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 was not run with a prefix: launch with accelerate_configs/fsdp2"),
+    ],
+)
+def test_launches_that_are_refused(monkeypatch, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words):
+        SingleStepPPOConfig()
 
 
 def test_the_defaults_that_differ_are_those_that_the_docstring_lists():

@@ -196,8 +196,8 @@ def test_a_reward_function_of_ones_own(gemma_folder, contexts_file, tmp_path, mo
     try:
         run("train_policy", "--model_name_or_path", gemma_folder, "--hard_prompt", "Be kind.", "--path",
             "contexts.json", "--reward_function", f"{name}.length", "--max_steps", 2, "--per_device_train_batch_size",
-            4, "--max_completion_length", 6, "--value_warmup_batches", 0, "--report_to", "none", "--output_dir",
-            tmp_path / "out", "--run_name", "p")  # fmt: skip
+            4, "--max_completion_length", 6, "--value_warmup_batches", 0, "--scale_rewards", "false",
+            "--report_to", "none", "--output_dir", tmp_path / "out", "--run_name", "p")  # fmt: skip
         calls = sys.modules[name].calls
     finally:
         sys.modules.pop(name, None)

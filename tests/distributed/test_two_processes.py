@@ -36,13 +36,15 @@ def test_two_processes_end_where_one_does(way, updates):
     ends = {n: load_file(folder / f"{way}.safetensors") for n, folder in updates.items()}
     one, two = (json.loads((folder / f"{way}.json").read_text()) for folder in updates.values())
     assert one["world_size"] == 1 and two["world_size"] == 2
-    assert len(one["seen"][0]) == 5 + (way != "left-out")  # the value head's batch, three iterations, an evaluation
+    # The warm-up's two batches, three iterations, an evaluation of both prompts.
+    assert len(one["seen"][0]) == 5 + 2 * (way != "left-out")
     for alone, first, second in zip(one["seen"][0][:-2], *(seen[:-2] for seen in two["seen"]), strict=True):
         assert not set(first) & set(second)  # no context on both ranks
         assert sorted(first + second) == sorted(alone)
     assert ends[1]["moved"].abs().max() > 1e-3
     for name, value in ends[1].items():
-        assert (ends[2][name] - value).abs().max() < 1e-6, name
+        # Adam takes the rounding of another order of rows for a direction, where a gradient is next to 0.
+        assert (ends[2][name] - value).abs().max() < (1e-5 if name.startswith("value head") else 1e-6), name
     # What is logged of training, rewards and evaluation is that of all contexts; the last line is of the time.
     for alone, together in zip(one["log"][:-1], two["log"][:-1], strict=True):
         assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)

@@ -62,7 +62,8 @@ class ValueHead(nn.Module):
         if not self.out.weight.any():
             # From 0 the way to the mean would push every unit to one side.
             nn.init.constant_(self.out.bias, returns.mean().item())
-        optimizer = AdamW(self.parameters(), lr=learning_rate / hidden.shape[1], weight_decay=0.0)
+        # The epsilon keeps rounding from passing for a gradient: heads of several processes would part by it.
+        optimizer = AdamW(self.parameters(), lr=learning_rate / hidden.shape[1], eps=1e-5, weight_decay=0.0)
         for _ in range(UPDATES_A_FIT):
             optimizer.zero_grad()
             F.mse_loss(self(hidden), returns).backward()

@@ -79,6 +79,7 @@ def test_bad_input_is_told_once(config, stage, flags, words, request, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.faults
 def test_a_killed_process_ends_the_run_and_leaves_what_can_be_gone_on_with(policy, tmp_path):
     flags = ["--output_dir", str(tmp_path), "--run_name", "run", "--save_steps", "1", "--max_steps", "4"]
     done = launch(2, *policy, *flags, "--reward_function", "rewards_of_launches.killed", config="multi_gpu")

@@ -145,6 +145,7 @@ def test_generating_is_of_one_process(policy_adapter):
     assert errors == ["error: generate.py is one conversation on one process, got 2: start it with python"]
 
 
+@pytest.mark.faults
 def test_both_stages_run_on_two_processes(gemma_folder, bert_folder, sheet_file, contexts_file, tmp_path):
     common = ["--output_dir", str(tmp_path), "--report_to", "none", "--disable_tqdm", "true"]
     reward = ["recipes/train_reward.py", "--reward_model_name_or_path", str(bert_folder), "--path", str(sheet_file)]

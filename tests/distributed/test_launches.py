@@ -36,7 +36,7 @@ def of_two(folder) -> dict:
     return json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", ["multi_gpu", pytest.param("multi_node", marks=pytest.mark.faults)])
 def test_stage_1_as_configured(config, reward, tmp_path):
     done = launch(2, *reward, "--output_dir", str(tmp_path), config=config, machines=CONFIGS[config])
     assert done.returncode == 0, done.stderr[-2000:]
@@ -65,7 +65,10 @@ def test_stage_2_as_configured(config, policy, tmp_path):
 @pytest.mark.parametrize(
     ("config", "stage", "flags", "words"),
     [
-        ("multi_gpu", "reward", ["--test_size", "0.7"], "test_size must lie between 0 and 0.6"),
+        pytest.param(
+            *("multi_gpu", "reward", ["--test_size", "0.7"], "test_size must lie between 0 and 0.6"),
+            marks=pytest.mark.faults,
+        ),
         # Enough for one process.
         ("multi_node", "policy", ["--per_device_train_batch_size", "20"], "fewer than the 40 of one iteration: lower"),
     ],

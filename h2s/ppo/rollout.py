@@ -1,10 +1,20 @@
 """What one iteration draws and learns from. Letters: B responses on this process, b of a mini-batch, T positions."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from h2s.ppo.evaluation import EvaluatedPolicy
+from h2s.ppo.iteration_log import IterationLog
+from h2s.ppo.loss import explained_variance, k3_per_token, kl_to_reference, masked_mean, whiten
 from h2s.prefix.generation import Batch
+from h2s.report.intervals import between_share
+from h2s.reward.functions import RewardFunctions, reward_columns
+
+REMEDY = "lower learning_rate or raise kl_coef"
 
 
 @dataclass(frozen=True)
@@ -77,3 +87,134 @@ class Rollout:
     advantages: torch.Tensor
     mean_length: float
     last_prompt: torch.Tensor
+
+
+class SampledPolicy(EvaluatedPolicy):
+    """A Trainer of a policy: it draws replies, has them scored, and says what there is to learn from them.
+
+    Attributes:
+        rewards: what replies are learnt from.
+        iterations: what is kept of each iteration.
+    """
+
+    rewards: RewardFunctions
+    iterations: IterationLog
+    args: Any  # SingleStepPPOConfig, where Trainer says TrainingArguments
+    train_dataset: Any
+
+    def _reply(self, inputs: dict[str, list]) -> Replies:
+        """Sample a completion a prompt under the active prefix, and have the texts scored."""
+        completions = self.policy.complete(inputs["prompt_ids"], self.sampling)
+        texts = [self.policy.decode(completion) for completion in completions]
+        values = self.rewards(
+            inputs["prompt"],
+            texts,
+            completions,
+            reward_columns(inputs),
+            self.state,
+            self.iterations.log_extra,
+            self.iterations.log_metric,
+        ).to(self.accelerator.device)  # (B, F)
+        scores = self.rewards.total(values)  # (B,), NaN where all left the reply out
+        problem = f"the reward of a reply is not finite: {self.accelerator.gather(scores).tolist()}"
+        self.check_finite(problem, values.nan_to_num(nan=0.0, posinf=math.inf))
+        batch = Batch.from_rows(self.processing_class, inputs["prompt_ids"], completions, scores.device)
+        unfinished = torch.tensor([c[-1] not in self.policy.stop_ids for c in completions], device=scores.device)
+        return Replies(batch, texts, values, scores, unfinished)
+
+    def _returns(self, scores: torch.Tensor, unfinished: torch.Tensor, kl: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """The reward that is optimised, (B,): NaN for a reply that was left out."""
+        args = self.args
+        rewards = self.value_head.in_units(scores)
+        if args.reward_clip is not None:
+            rewards = rewards.clamp(-args.reward_clip, args.reward_clip)
+        return rewards - args.kl_coef * kl - args.missing_eos_penalty * unfinished
+
+    def _score(self, model, batch: Batch, with_graph: bool) -> list[MiniBatch]:
+        """Log-probabilities under both prompts, in the mini-batches that the updates will be made on."""
+        parts = []
+        order = torch.randperm(len(batch.input_ids)).to(batch.input_ids.device)
+        for rows in order.tensor_split(self.args.num_mini_batches):  # chunk may give fewer
+            part = batch.rows(rows)
+            with torch.set_grad_enabled(with_graph):
+                logps, entropy, last_prompt = model(*part, self.args.temperature)
+            with torch.no_grad(), self.policy.hard_prompt_active():
+                ref_logps = self.policy.module(*part, self.args.temperature)[0]
+            parts.append(MiniBatch(rows, part, logps, entropy, ref_logps, last_prompt))
+        return parts
+
+    def _roll_out(self, model, inputs: dict[str, list]) -> Rollout:
+        """1. Sample and score, 2. measure the KL, 3. one advantage a response; 0 for one that was left out."""
+        args, log = self.args, self.iterations
+        replies = self._reply(inputs)
+        parts = self._score(model, replies.batch, with_graph=args.updates == 1)
+        self.check_finite(f"the log-probabilities are not finite: {REMEDY}", *(p.logps for p in parts))
+
+        by_row = torch.cat([part.rows for part in parts]).argsort()
+        kl = torch.cat([kl_to_reference(p.old_logps, p.ref_logps, p.mask) for p in parts])[by_row]  # (B,)
+        last_prompt = torch.cat([part.last_prompt for part in parts])[by_row]  # (B, H)
+        self.check_finite(f"the KL to the hard prompt is not finite: {REMEDY}", kl)
+
+        with torch.no_grad():
+            values = self.value_head(last_prompt)
+        returns = self._returns(replies.scores, replies.unfinished, kl)
+        advantages = returns - values
+        if args.whiten_advantages:
+            together = self.accelerator.gather(advantages)
+            advantages = whiten(advantages, together[~together.isnan()])
+        advantages = advantages.nan_to_num(nan=0.0)
+        lengths = replies.batch.completion_mask.sum(1).float()
+
+        log.add_rewards(replies.values, self.accelerator.gather(replies.scores))
+        log.add("objective/kl", kl)
+        log.add("objective/kl_k3_per_token", torch.cat([k3_per_token(p.old_logps, p.ref_logps, p.mask) for p in parts]))
+        log.add("objective/returns", returns)
+        log.add("policy/entropy", torch.cat([masked_mean(p.entropy.detach(), p.mask) for p in parts]))
+        log.add("completions/mean_length", lengths)
+        log.add("completions/clipped_ratio", replies.unfinished.float())
+        log.add("val/saturated", self.value_head.saturated(last_prompt).detach())
+        pairs = self.accelerator.gather(torch.stack([values, returns]).T.contiguous())
+        log.metrics["val/explained_variance"].append(explained_variance(pairs[:, 0], pairs[:, 1]))
+        columns = {
+            "prompt": inputs["prompt"],
+            "completion": replies.texts,
+            "score": replies.scores.tolist(),
+            "kl": kl.tolist(),
+            "advantage": advantages.tolist(),
+        }
+        log.write_completions(Path(args.output_dir), self.state.global_step + 1, columns, replies.values)
+        log.forget_extras()
+        return Rollout(parts, returns, advantages, self.accelerator.gather(lengths).mean().item(), last_prompt)
+
+    def _warm_up(self, model) -> None:
+        """Measure the rewards on the hard prompt's replies, and fit the value head to their returns.
+
+        It costs no step of the prefix. The same contexts are answered each time, which tells how much of the rewards'
+        variance lies between contexts: the most that a value head can explain.
+        """
+        args, drawn = self.args, []
+        contexts = args.per_device_train_batch_size * args.world_size
+        generator = torch.Generator().manual_seed(args.seed)  # the same on every rank, each takes its share
+        chosen = torch.randperm(len(self.train_dataset), generator=generator)[:contexts].tolist()
+        inputs = self.train_dataset[chosen[args.process_index :: args.world_size]]
+        for _ in range(args.value_warmup_batches):
+            with torch.no_grad(), self.policy.hard_prompt_active():
+                replies = self._reply(inputs)
+                order = torch.arange(len(replies.texts), device=replies.scores.device)
+                parts = [replies.batch.rows(rows) for rows in order.tensor_split(args.num_mini_batches)]
+                hidden = torch.cat([model(*part)[2] for part in parts])
+            drawn.append((hidden, replies.scores, replies.unfinished))
+            self.iterations.forget_extras()
+        if drawn:
+            hidden, scores, unfinished = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+            by_context = self.accelerator.gather(scores.view(len(drawn), -1).T.contiguous())  # (B * world_size, k)
+            for end, value in zip(("", "_low", "_high"), between_share(by_context.cpu().numpy()), strict=True):
+                self.iterations.metrics[f"val/rho{end}"].append(value)
+            if args.scale_rewards:
+                self.value_head.measure_rewards(by_context.flatten())
+            self._fit_value_head(hidden, self._returns(scores, unfinished))
+
+    def _fit_value_head(self, hidden: torch.Tensor, returns: torch.Tensor) -> None:
+        """On what all ranks gathered, so that their heads stay equal without DDP."""
+        gather = self.accelerator.gather
+        self.value_head.fit(gather(hidden), gather(returns), self.args.value_learning_rate)

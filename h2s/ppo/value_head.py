@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import AdamW
 
+from h2s.ppo.loss import ROUNDING
+
 VALUE_HEAD_FILE = "value_head.safetensors"
 UPDATES_A_FIT = 20
 SATURATED = 0.97
@@ -81,7 +83,7 @@ class ValueHead(nn.Module):
                 stays.
         """
         known = scores[~scores.isnan()]
-        if len(known) > 1 and known.std() > 0:
+        if len(known) > 1 and known.std() > ROUNDING * known.mean().abs():
             self.reward_mean, self.reward_std = known.mean(), known.std()
 
     def in_units(self, scores: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ INPUT_PATHS = (
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
-class _Loader(yaml.SafeLoader):
+class _StrictSafeLoader(yaml.SafeLoader):
     """Safe YAML: plain values, none of them by reference, and no key twice (YAML would silently keep the last)."""
 
     def compose_node(self, parent, index):
@@ -115,7 +115,7 @@ def _nearest(key: str, keys: Iterable[str], dashes: str = "") -> str:
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictSafeLoader)
     except OSError as error:
         raise InputError(f"no such recipe: {path} ({error.strerror})") from error
     except YAML_ERRORS as error:

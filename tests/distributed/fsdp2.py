@@ -30,18 +30,18 @@ if int(os.environ.get("WORLD_SIZE", "1")) > 1:
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
 
 
-def train(model_folder: str, out: Path, batch: int, max_steps: int, resume: bool) -> SingleStepPPOTrainer:
+def train(model_folder: str, out: Path, batch: int, max_steps: int, passes: int, resume: bool) -> SingleStepPPOTrainer:
     prompts = Dataset.from_dict({"prompt": ["walk " * (1 + i) for i in range(9)]})
     policy = GivenCompletions.from_hard_prompt(model_folder, "You are a kind helper.", dtype="float32", device="cpu")
     policy.seen = []
     args = SingleStepPPOConfig(
-        output_dir=str(out / "run"),
+        output_dir=str(out / f"run-{passes}"),
         per_device_train_batch_size=batch,
         max_steps=max_steps,
         max_completion_length=8,
         learning_rate=1e-3,
         entropy_coef=0.1,
-        num_ppo_epochs=2,
+        num_ppo_epochs=passes,
         num_mini_batches=1,
         eval_strategy="steps",
         eval_steps=1,
@@ -59,8 +59,10 @@ def train(model_folder: str, out: Path, batch: int, max_steps: int, resume: bool
 
 def main(model_folder: str, out: str, batch: str) -> None:
     folder = Path(out)
-    train(model_folder, folder, int(batch), 2, resume=False)
-    trainer = train(model_folder, folder, int(batch), 3, resume=True)
+    # One pass is one update, whose graph lives through the reference's pass.
+    train(model_folder, folder, int(batch), 3, passes=1, resume=False)
+    train(model_folder, folder, int(batch), 2, passes=2, resume=False)
+    trainer = train(model_folder, folder, int(batch), 3, passes=2, resume=True)
     policy = trainer.policy
     soft = soft_prefix(policy.model).detach()
     sharded = isinstance(policy.module, FSDPModule) and isinstance(soft, DTensor)

@@ -1,4 +1,4 @@
-"""Some PPO iterations with given completions, in three ways; each writes what it ends with and who took part.
+"""Some PPO iterations with given completions, in four ways; each writes what it ends with and who took part.
 
 accelerate launch --config_file accelerate_configs/cpu.yaml tests/distributed/updates.py MODEL OUT BATCH CONTEXTS
 """
@@ -48,6 +48,7 @@ def some_left_out(completions, **kwargs):
 # Without a warm-up: of a batch with rows left out its fits in another order of rows differ by more than rounding.
 WAYS = {
     "none": (length_mod_5, {"ratio_norm": "none"}),
+    "single": (length_mod_5, {"num_ppo_epochs": 1}),  # one update, whose graph lives through the reference's pass
     "mean": (length_mod_5, {"ratio_norm": "mean"}),
     "left-out": (some_left_out, {"value_warmup_batches": 0, "scale_rewards": False}),
 }
@@ -66,14 +67,13 @@ def iterate(model_folder: str, out: Path, batch: int, contexts: int, way: str) -
         max_completion_length=4,
         learning_rate=1e-3,
         entropy_coef=0.1,
-        num_ppo_epochs=2,
         num_mini_batches=1,  # mini-batches are drawn by each process for itself
         eval_strategy="steps",
         eval_steps=3,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **settings,
+        **{"num_ppo_epochs": 2} | settings,
     )
     trainer = SingleStepPPOTrainer(
         model=policy, reward_funcs=reward, args=args, train_dataset=prompts, eval_dataset=prompts.select(range(3))

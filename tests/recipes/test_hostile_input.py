@@ -21,7 +21,7 @@ from tiny import COLUMNS, GOOD_ROW, ROOT, contexts, says, sheet
 from transformers import AutoTokenizer
 
 from h2s import PrefixTuningPolicyModel, hub
-from h2s.run.recipe import _Loader
+from h2s.run.recipe import _StrictSafeLoader
 
 OLE = bytes.fromhex("d0cf11e0a1b11ae1")
 CALC = "=cmd|' /C calc'!A0"
@@ -704,7 +704,7 @@ SOURCES = sorted([*(ROOT / "h2s").rglob("*.py"), *(ROOT / "recipes").rglob("*.py
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 NEVER = {"eval", "exec", "compile", "__import__", "os.system", "pd.eval", "pd.read_pickle"}
 NEVER |= {f"yaml.{name}{many}" for name in ("unsafe_load", "full_load") for many in ("", "_all")}
-SAFE_LOADERS = ("_Loader", "SafeLoader", "yaml.SafeLoader")
+SAFE_LOADERS = ("_StrictSafeLoader", "SafeLoader", "yaml.SafeLoader")
 
 
 def dangers(source: str) -> list[str]:
@@ -755,8 +755,8 @@ def test_no_source_runs_what_it_reads(file):
 )
 def test_the_search_itself(line):
     assert dangers(line)
-    assert issubclass(_Loader, yaml.SafeLoader)
-    assert not dangers("model.eval(); re.compile(x); torch.load(f, weights_only=True); yaml.load(t, _Loader)")
+    assert issubclass(_StrictSafeLoader, yaml.SafeLoader)
+    assert not dangers("model.eval(); re.compile(x); torch.load(f, weights_only=True); yaml.load(t, _StrictSafeLoader)")
 
 
 @pytest.mark.parametrize("fails", [False, True])

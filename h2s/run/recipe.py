@@ -194,7 +194,7 @@ def _parse_value(parser: _Parser, key: str, value: Any, hint: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML that `_Loader` reads: no aliases, enumerations by their value, dataclasses by their fields."""
+    """Safe YAML that `_StrictSafeLoader` reads: no aliases, enumerations by their value, dataclasses by their fields."""
 
     def ignore_aliases(self, data):
         return True

@@ -42,6 +42,7 @@ def main(run, argv: list[str] | None = None) -> None:
     scorers = open_scorers(model_args.reward_adapter, model_args.judge_adapter)
     seen_by = {"policy": opened.prefix.seen} | {name: scorer.seen for name, scorer in scorers.items()}
     contexts, aside = splits.set_aside_seen(contexts, seen_by)
+    splits.warn_of_few(contexts)
     which = f"{data_args.which_contexts()} {aside}"
 
     ###########

@@ -48,6 +48,7 @@ def main(run, argv: list[str] | None = None) -> None:
     push_to_hub, args.push_to_hub = args.push_to_hub, False  # at the end, with the report
     logger.info("contexts that train %d, select %d, are reported %d", *(len(p) for p in parts.values()))
     logger.info("for the report %s", aside)
+    splits.warn_of_few(parts["test"], parts["validation"])
     policy = PrefixTuningPolicyModel.load(opened, model_args.dtype, model_args.attn_implementation, args.device)
 
     ############

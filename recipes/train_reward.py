@@ -10,11 +10,11 @@ from pathlib import Path
 from peft import PrefixTuningConfig, TaskType
 
 from h2s import RewardModelTrainer
+from h2s.data import splits
 from h2s.data.datasets import read_judgements
-from h2s.data.splits import folds_by_conversation, split_for_models
 from h2s.report.accuracy import cross_validate, sheet_report, write_accuracy
 from h2s.reward.config import TaskArguments
-from h2s.reward.model import open_encoder
+from h2s.reward.model import open_encoder, readable_pairs
 from h2s.run import arguments
 from h2s.run.folder import run_recipe
 from h2s.run.recipe import parse_recipe
@@ -33,17 +33,14 @@ def main(run, argv: list[str] | None = None) -> None:
     ########
     # Data #
     ########
-    judgements = read_judgements(data_args.require("path", "dataset"))
-    pairs, seed = judgements.dataset, data_args.split_seed
-    roles = split_for_models(pairs, seed, data_args.test_size, data_args.judge_share)
-    folds = [] if data_args.folds is None else folds_by_conversation(pairs, data_args.folds, seed)
-
-    #########
-    # Model #
-    #########
+    path, form = data_args.require("path", "dataset"), (data_args.sheet, data_args.columns, data_args.labels)
+    judgements = read_judgements(path, True, *form, data_args.encoding)
     name = model_args.require("reward_model_name_or_path", "model")
     prefix = PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=model_args.num_virtual_tokens)
-    source, _, args.max_tokens = open_encoder(name, prefix.num_virtual_tokens, model_args.max_tokens)
+    source, tokenizer, args.max_tokens = open_encoder(name, prefix.num_virtual_tokens, model_args.max_tokens)
+    pairs, seed = readable_pairs(judgements.dataset, tokenizer, args.max_tokens), data_args.split_seed
+    roles = splits.split_for_models(pairs, seed, data_args.test_size, data_args.judge_share)
+    folds = [] if data_args.folds is None else splits.folds_by_conversation(pairs, data_args.folds, seed)
     folder = run.start(model_args, data_args, args, resume=args.resume_from_checkpoint, **DEFAULTS)
     push_to_hub, args.push_to_hub = args.push_to_hub, False  # at the end, with the report
     logger.info("%s\n%s", judgements.summary(), sheet_report(judgements))
@@ -70,6 +67,7 @@ def main(run, argv: list[str] | None = None) -> None:
     for role, parts in roles.items():
         where = folder if role == "reward" else folder / role
         logger.info("%s: pairs that train %d, select %d, are reported %d", role, *(len(p) for p in parts.values()))
+        splits.warn_of_few(parts["test"] if scored is None or role == "judge" else pairs, parts["validation"])
         trainer = trained(parts, where)
 
         ##########

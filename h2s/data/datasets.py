@@ -1,18 +1,23 @@
 """Checked rows as data sets in TRL's conversational format: contexts (`prompt`), judgements (`chosen`, `rejected`)."""
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import pandas as pd
 from datasets import Dataset
 
-from h2s.data.messages import check_unicode, conversation_id, parse_messages
-from h2s.data.tables import first_row, read_table
+from h2s.data.cells import is_blank, is_missing, read_context, read_label, read_reply
+from h2s.data.messages import Messages, conversation_id
+from h2s.data.tables import Rows, read_table
 from h2s.errors import InputError, in_short
 
-# What TRL's trainers do not hand to a reward either.
-NOT_HANDED_ON = ("prompt", "completion", "completion_ids")
+T = TypeVar("T")
+
+# What TRL's trainers do not hand to a reward either, and what says here where a context stands.
+NOT_HANDED_ON = ("prompt", "completion", "completion_ids", "file", "row")
+# So many bad rows are named at once.
+NAMED_ROWS = 10
 COLUMNS = ("context_messages", "policy_response", "reference_response", "human_eval")
 POLICY_BETTER, REFERENCE_BETTER, BOTH_POOR, TIE = range(4)
 LABELS = {
@@ -23,7 +28,11 @@ LABELS = {
 }
 
 
-def load_contexts(path: str) -> Dataset:
+# What a sheet's own words for them are taken to mean, where `labels` does not say.
+LABEL_WORDS = {str(label): label for label in LABELS}
+
+
+def load_contexts(path: str | Sequence[str]) -> Dataset:
     """Read the contexts that a policy learns from and is reported on.
 
     ```python
@@ -32,41 +41,40 @@ def load_contexts(path: str) -> Dataset:
     ```
 
     Args:
-        path: a JSON list of items with a `context` (or csv, xlsx, jsonl, parquet, a data set of the Hub): messages, the
-            same as text, or one user message.
+        path: a JSON list of items with a `context` (or csv, xlsx, jsonl, parquet, a data set of the Hub), or several:
+            messages, the same as text, or one user message.
 
     Returns:
-        A row a context, in the file's order: `prompt` (messages, the last one the user's) and the file's further
-        columns, which a reward function is handed by name.
+        A row a context, in the files' order: `prompt` (messages, the last one the user's), the files' further columns,
+        which a reward function is handed by name, and where it stands, `file` and `row`.
 
     Raises:
-        InputError: the file, a row (named) or a column of it cannot be used.
+        InputError: a file, a row (named) or a column of it cannot be used.
     """
-    table = read_table(path, "a JSON list of items with a 'context'")
-    if "context" not in table.columns:
-        raise InputError(f"{path}: no column 'context'; found {', '.join(map(str, table.columns)) or 'none'}")
-    prompts = []
-    for number, cell in enumerate(table["context"], start=first_row(path)):
-        try:
-            prompts.append(parse_messages(cell))
-        except InputError as error:
-            raise InputError(f"{path}, row {number}, context: {error}") from None
-    if not prompts:
-        raise InputError(f"{path}: no contexts in it")
-    columns: dict[str, list] = {"prompt": prompts}
-    for name in (n for n in table.columns if n not in ("context", *NOT_HANDED_ON)):
-        columns[str(name)] = _typed(f"{path}, column {name}", table[name])
+    columns: dict[str, list] = {"prompt": []}
+    paths = [path] if isinstance(path, str) else list(path)
+    tables = {name: read_table(name, "a JSON list of items with a 'context'", ["context"]) for name in paths}
+    for name, rows in tables.items():
+        columns["prompt"] += _each(name, rows, lambda row: _in_column("context", read_context, row["context"]))
+    if not columns["prompt"]:
+        raise InputError(f"{', '.join(paths)}: no contexts in it")
+    further = dict.fromkeys(name for rows in tables.values() for row in rows.values() for name in row)
+    for name in (name for name in further if name not in ("context", *NOT_HANDED_ON)):
+        values = [row.get(name) for rows in tables.values() for row in rows.values()]
+        columns[name] = _typed(f"{', '.join(paths)}, column {name}", values)
+    columns["file"] = [name for name, rows in tables.items() for _ in rows]
+    columns["row"] = [number for rows in tables.values() for number in rows]
     return Dataset.from_dict(columns)
 
 
-def _typed(where: str, column: pd.Series) -> list:
+def _typed(where: str, column: list) -> list:
     """A column's values, None where one is missing, if they are of one type.
 
     Raises:
         InputError: they are not; a data set cannot hold them.
     """
-    values = [None if value is None or value is pd.NA or value != value else value for value in column]
-    if not all(isinstance(value, str | None) for value in values):  # a workbook's empty cell is '' among numbers too
+    values = [None if not isinstance(value, (list, dict)) and is_missing(value) else value for value in column]
+    if not all(isinstance(value, str | None) for value in values):  # an empty cell is '' among numbers too
         values = [None if value == "" else value for value in values]
     try:
         Dataset.from_dict({"column": values})
@@ -75,109 +83,206 @@ def _typed(where: str, column: pd.Series) -> list:
     return values
 
 
-def load_preferences(path: str) -> Dataset:
-    """Read a sheet of judgements as TRL's preference data set, for its own trainers as well.
+def load_preferences(
+    path: str | Sequence[str],
+    sheet: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    labels: Mapping[Any, int] | None = None,
+    encoding: str | None = None,
+) -> Dataset:
+    """Read judgements as TRL's preference data set, for its own trainers as well.
 
     ```python
     pairs = load_preferences("recipes/sample_data/judgements.xlsx")
     pairs[0]["chosen"]  # [{"role": "assistant", "content": "…"}]
     ```
 
-    Args:
-        path: as [`read_judgements`] takes it.
+    Args: those of [`read_judgements`].
 
     Returns:
         A row a judgement with a direction: `prompt`, `chosen`, `rejected` (lists of messages), `label` (0 the policy's
-        is better, 1 the reference's) and `row` (its number in the file).
+        is better, 1 the reference's), and where it stands, `file` and `row` (its number in the file).
 
     Raises:
         InputError: as [`read_judgements`].
     """
-    return read_judgements(path).dataset
+    return read_judgements(path, sheet=sheet, columns=columns, labels=labels, encoding=encoding).dataset
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judged row: where it stands, what was judged and how (of `LABELS`)."""
+
+    file: str
+    row: int
+    prompt: Messages
+    policy_response: str
+    reference_response: str
+    label: int
 
 
 @dataclass(frozen=True)
 class Judgements:
-    """A checked sheet.
+    """Checked sheets.
 
     Attributes:
-        dataset: the rows with a direction, as [`load_preferences`] gives them.
-        counts: how many rows carry each label.
+        rows: all that was judged, in the sheets' order.
+        unjudged: how many rows of each file have no verdict yet.
     """
 
-    dataset: Dataset
-    counts: Counter
+    rows: list[Judgement]
+    unjudged: dict[str, int]
+
+    @property
+    def counts(self) -> Counter:
+        """How many rows carry each label."""
+        return Counter(row.label for row in self.rows)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The rows with a direction, as [`load_preferences`] gives them."""
+        columns: dict[str, list] = {name: [] for name in ("prompt", "chosen", "rejected", "label", "file", "row")}
+        for row in self.rows:
+            if row.label not in (POLICY_BETTER, REFERENCE_BETTER):
+                continue
+            texts = (row.policy_response, row.reference_response)
+            replies = [[{"role": "assistant", "content": text}] for text in texts]
+            chosen, rejected = replies if row.label == POLICY_BETTER else replies[::-1]
+            values = (row.prompt, chosen, rejected, row.label, row.file, row.row)
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
+        return Dataset.from_dict(columns)
 
     def summary(self) -> str:
-        """The counts in one line: what trains and what is set aside."""
-        aside = self.counts[BOTH_POOR] + self.counts[TIE]
-        counts = ", ".join(f"{self.counts[label]} {name}" for label, name in LABELS.items())
-        conversations = len({conversation_id(prompt) for prompt in self.dataset["prompt"]})
-        return f"{counts}; {len(self.dataset)} pairs over {conversations} conversations, {aside} rows set aside"
+        """The counts in a line, and one a file where there are several: what trains and what is set aside."""
+        lines = []
+        if len(self.unjudged) > 1:
+            judged = Counter(row.file for row in self.rows)
+            lines = [f"{file}: {judged[file]} rows judged, {left} not yet" for file, left in self.unjudged.items()]
+        counts = self.counts
+        aside = counts[BOTH_POOR] + counts[TIE]
+        pairs = [row for row in self.rows if row.label in (POLICY_BETTER, REFERENCE_BETTER)]
+        conversations = len({conversation_id(row.prompt) for row in pairs})
+        words = ", ".join(f"{counts[label]} {name}" for label, name in LABELS.items())
+        left = f", {sum(self.unjudged.values())} not judged yet" if any(self.unjudged.values()) else ""
+        lines.append(f"{words}; {len(pairs)} pairs over {conversations} conversations, {aside} rows set aside{left}")
+        return "\n".join(lines)
 
 
-def read_judgements(path: str, need_direction: bool = True) -> Judgements:
-    """Read and check a judgement sheet.
+def read_judgements(
+    path: str | Sequence[str],
+    need_direction: bool = True,
+    sheet: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    labels: Mapping[Any, int] | None = None,
+    encoding: str | None = None,
+) -> Judgements:
+    """Read and check sheets of judgements.
 
-    Rows labelled 2 (both poor) and 3 (tie) have no direction: they are checked, counted and set aside.
+    Rows labelled 2 (both poor) and 3 (tie) have no direction: they are checked, counted and set aside. Rows without a
+    verdict are counted and left out.
 
     Args:
-        path: xlsx, csv, json, jsonl, parquet or a data set of the Hub with the columns of `COLUMNS`.
-        need_direction: whether a sheet without any direction is an error.
+        path: xlsx, csv, json, jsonl, parquet or a data set of the Hub with the columns of `COLUMNS`; or several
+            (rounds, annotators).
+        need_direction: whether sheets without any direction are an error.
+        sheet: the worksheet of a workbook; the first visible one by default.
+        columns: what the files call the columns of `COLUMNS`, where it is something else.
+        labels: which of 0, 1, 2 and 3 the files' own verdicts mean: `{"A": 0, "B": 1, "tie": 3}`.
+        encoding: of csv files; found by default.
 
     Raises:
-        InputError: the file cannot be read, a column is missing, a row is malformed (named by its number in the
-            file, where 1 is a worksheet's header), or no row has a direction.
+        InputError: a file cannot be read, a column is missing, rows are malformed (named by their numbers in the file,
+            where 1 is a worksheet's first row), or no row has a direction.
     """
-    table = read_table(path, f"a sheet of judgements with the columns {', '.join(COLUMNS)}")
-    missing = [c for c in COLUMNS if c not in table.columns]
-    if missing:
-        found = ", ".join(map(str, table.columns)) or "none"
-        raise InputError(f"{path}: missing column {', '.join(missing)}; found {found}")
-    counts: Counter[int] = Counter()
-    pairs = []
-    records = table.loc[:, list(COLUMNS)].itertuples(index=False, name=None)
-    for number, (context, policy, reference, label) in enumerate(records, start=first_row(path)):
-        try:
-            value = _label(label)
-            prompt = _in_column("context_messages", parse_messages, context)
-            policy = _in_column("policy_response", _response, policy)
-            reference = _in_column("reference_response", _response, reference)
-        except InputError as error:
-            raise InputError(f"{path}, row {number}: {error}") from None
-        counts[value] += 1
-        if value in (POLICY_BETTER, REFERENCE_BETTER):
-            replies = [[{"role": "assistant", "content": text}] for text in (policy, reference)]
-            chosen, rejected = replies if value == POLICY_BETTER else replies[::-1]
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "label": value, "row": number})
-    if need_direction and not pairs:
-        raise InputError(f"{path}: no row is labelled 0 or 1, so there is no preference to learn ({len(table)} rows)")
-    columns = ("prompt", "chosen", "rejected", "label", "row")  # also where there is no pair
-    return Judgements(Dataset.from_dict({name: [pair[name] for pair in pairs] for name in columns}), counts)
+    names = {name: name for name in COLUMNS} | check_columns(columns)
+    words = check_labels(labels)
+    paths = [path] if isinstance(path, str) else list(path)
+    expected = f"a sheet of judgements with the columns {', '.join(names.values())}"
+    rows: list[Judgement] = []
+    unjudged = {}
+    for file in dict.fromkeys(paths):
+        table = read_table(file, expected, list(names.values()), sheet, encoding)
+        filled = {number: row for number, row in table.items() if not is_blank(row[names["human_eval"]])}
+        unjudged[file] = len(table) - len(filled)
+        checked = _each(file, filled, lambda row: _judgement(row, names, words))
+        rows += [Judgement(file, number, *judged) for number, judged in zip(filled, checked, strict=True)]
+    judgements = Judgements(rows, unjudged)
+    if need_direction and not {POLICY_BETTER, REFERENCE_BETTER} & judgements.counts.keys():
+        left = f", {sum(unjudged.values())} without a verdict" if any(unjudged.values()) else ""
+        raise InputError(
+            f"{', '.join(unjudged)}: no row is labelled 0 or 1, so there is no preference to learn ({len(rows)} rows"
+            f"{left})"
+        )
+    return judgements
 
 
-def _in_column(column: str, read, cell: Any) -> Any:
+def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
+    """Check what files are said to call the columns of `COLUMNS`.
+
+    Raises:
+        InputError: a key is none of them, or a name is no text or given twice.
+    """
+    for key, name in (columns or {}).items():
+        if key not in COLUMNS or not isinstance(name, str):
+            raise InputError(f"columns maps {', '.join(COLUMNS)} to a file's own headers, got {key}: {name!r}")
+    given = list((columns or {}).values())
+    if len(set(given)) < len(given):
+        raise InputError(f"columns names one header twice: {', '.join(given)}")
+    return dict(columns or {})
+
+
+def check_labels(labels: Mapping[Any, int] | None) -> dict[str, int]:
+    """Verdicts by the words for them, in lower case.
+
+    Raises:
+        InputError: a value is none of `LABELS`, or a key is one that YAML has changed (yes, no).
+    """
+    if labels is None:
+        return LABEL_WORDS
+    for word, label in labels.items():
+        if isinstance(word, bool) or type(label) is not int or label not in LABELS:
+            meanings = ", ".join(f"{label} {name}" for label, name in LABELS.items())
+            raise InputError(f"labels maps a file's verdicts (in quotes) to {meanings}, got {word!r}: {label!r}")
+    return {" ".join(str(word).split()).casefold(): label for word, label in labels.items()}
+
+
+def _judgement(
+    row: Mapping[str, Any], names: Mapping[str, str], words: Mapping[str, int]
+) -> tuple[Messages, str, str, int]:
+    context, policy, reference, label = (names[name] for name in COLUMNS)
+    return (
+        _in_column(context, read_context, row[context]),
+        _in_column(policy, read_reply, row[policy]),
+        _in_column(reference, read_reply, row[reference]),
+        _in_column(label, lambda cell: read_label(cell, words), row[label]),
+    )
+
+
+def _in_column(column: str, read: Callable[[Any], T], cell: Any) -> T:
     try:
         return read(cell)
     except InputError as error:
         raise InputError(f"{column}: {error}") from None
 
 
-def _label(cell: Any) -> int:
-    text = str(cell).strip().removesuffix(".0")
-    if isinstance(cell, bool) or text not in map(str, LABELS):
-        raise InputError(f"human_eval must be 0, 1, 2 or 3, got {cell!r}")
-    return int(text)
+def _each(file: str, rows: Rows, read: Callable[[dict[str, Any]], T]) -> list[T]:
+    """What `read` makes of each row.
 
-
-def _response(cell: Any) -> str:
-    # A reply such as 42 is a number to Excel; an empty cell is NaN, None or ''.
-    if isinstance(cell, (int, float)) and not isinstance(cell, bool) and cell == cell:
-        cell = str(cell)
-    if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):
-        # A formula is empty until a spreadsheet program has saved its value, and so is an error such as #REF!.
-        raise InputError("expected a response, got an empty cell (or an error or uncomputed formula): give its text")
-    if not isinstance(cell, str):
-        raise InputError(f"expected the text of a response, got {cell!r}: format the cell as text, then fill it in")
-    check_unicode(cell)
-    return cell
+    Raises:
+        InputError: some rows cannot be used; the first of them are named.
+    """
+    values, bad = [], {}
+    for number, row in rows.items():
+        try:
+            values.append(read(row))
+        except InputError as error:
+            bad[number] = str(error)
+    if len(bad) == 1:
+        ((number, why),) = bad.items()
+        raise InputError(f"{file}, row {number}, {why}")
+    if bad:
+        named = "; ".join(f"row {number}, {why[:200]}" for number, why in list(bad.items())[:NAMED_ROWS])
+        more = f"; and {len(bad) - NAMED_ROWS} more" if len(bad) > NAMED_ROWS else ""
+        raise InputError(f"{file}: {len(bad)} rows cannot be used: {named}{more}")
+    return values

@@ -38,6 +38,8 @@ def parse_messages(cell: Any) -> Messages:
     """
     if isinstance(cell, str):
         text = cell.strip()
+        if text[:2] in ('"[', "'[") and text[:1] == text[-1:]:  # encoded twice
+            text = _parse_literal(text)
         cell = _parse_literal(text) if text[:1] in ("[", "{") else [{"role": "user", "content": text}]
     if not isinstance(cell, list) or not cell:
         raise InputError(f"expected a non-empty list of messages or plain text, got {_short(cell)}")
@@ -52,14 +54,35 @@ def parse_messages(cell: Any) -> Messages:
 
 def _parse_literal(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
+        return json.loads(text, strict=False)  # a real line break within a string is what it looks like
+    except RecursionError:
+        place = len(text)
+    except ValueError as error:
+        place = getattr(error, "pos", 0)
     try:
         with warnings.catch_warnings(action="ignore"):  # Python's own remarks on such escapes as '\%'
             return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise InputError(f"begins like a list but is neither JSON nor a Python literal: {_short(text)}") from None
+    except SyntaxError as error:
+        if "'" in text.partition('"')[0]:  # its first quote is Python's
+            lines = text.split("\n")[: (error.lineno or 1) - 1]
+            place = sum(len(line) + 1 for line in lines) + (error.offset or 1) - 1
+    except (ValueError, TypeError, MemoryError, RecursionError):
+        pass
+    raise InputError(f"begins like a list but is neither JSON nor a Python literal: {_what_is_wrong(text, place)}")
+
+
+def _what_is_wrong(text: str, place: int) -> str:
+    """The likeliest cause, and where a parser stopped."""
+    causes = {
+        r"\}\s*\{": "no comma between two messages (NumPy prints lists so: write them with json.dumps)",
+        "[“”„‟]\\s*(?:role|content|text|type|user|assistant)": "curly quotes (“ ”) in place of straight ones",
+        r"&(?:quot|#34|#39|apos);": "quotes spelt for HTML (&quot;)",
+    }
+    found = ((re.search(pattern, text), cause) for pattern, cause in causes.items())
+    unknown = (None, "is a quote within a text not escaped, or a bracket not closed?")
+    match, cause = next((f for f in found if f[0]), unknown)
+    place = match.start() if match else place
+    return f"{cause}, at character {place + 1}: {_short(text[max(0, place - 20) : place + 20])}"
 
 
 def _message(message: Any) -> dict[str, str]:

@@ -1,27 +1,32 @@
 """People's files as rows of plain Python values: xlsx, csv, json, jsonl, parquet, data sets of the Hub."""
 
 import json
+import logging
 import os
 import struct
-import warnings
+import unicodedata
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
-import pandas as pd
 import pyarrow.parquet as pq
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 
+from h2s.data.cells import INVISIBLE, Stored, is_blank
+from h2s.data.text_files import decode, read_csv
+from h2s.data.workbooks import SAVE, UNPACKED_MB, Grid, read_worksheet, unpacks_to
 from h2s.errors import InputError, in_short
 
-FORMATS = (".xlsx", ".csv", ".json", ".jsonl", ".parquet")
-# What a compressed file may hold more than its own size: some 30,000 pairs of a sheet. A few KB can hold any number.
-UNPACKED_MB = 32
-# The first bytes of Office's old container, in which encrypted workbooks stand too.
-OLE = bytes.fromhex("d0cf11e0a1b11ae1")
-# What pandas, openpyxl, json and Arrow raise of a file that is not what its name says. Their errors of content are
+logger = logging.getLogger(__name__)
+
+FORMATS = (".xlsx", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+GRIDS = (".xlsx", ".csv", ".tsv")
+# What openpyxl, json and Arrow raise of a file that is not what its name says. Their errors of content are
 # ValueErrors; openpyxl looks up and converts what a workbook's XML names without a check of its own.
 READER_ERRORS = (
     OSError,
@@ -38,23 +43,34 @@ READER_ERRORS = (
     zlib.error,
     struct.error,
 )
+# Titles and blank rows may stand above a header, in so many rows.
+ABOVE_HEADER = 20
+
+Rows = dict[int, dict[str, Any]]
 
 
-def read_table(path: str, expected: str) -> pd.DataFrame:
-    """Read a table of cells as they are: files by pandas and json, Hub data sets by `datasets.load_dataset`.
+def read_table(
+    path: str, expected: str, wanted: Sequence[str], sheet: str | None = None, encoding: str | None = None
+) -> Rows:
+    """Read a table of cells as they are.
 
-    Not files too: it takes brackets in a name for a pattern, makes numbers of a csv column of texts like 007, and an
-    Arrow column cannot mix the forms that a context may have.
+    Neither by `datasets.load_dataset` nor by pandas: they make numbers of a csv column of texts like 007, count rows
+    otherwise than the file, move fields that do not fit the header, and know nothing of what a workbook hides.
 
     Args:
         path: a file, or the name `owner/name` of a data set on the Hub (its train split).
         expected: what the caller needs, for the error.
+        wanted: columns that must be there; in a worksheet or csv the header is the row that holds them.
+        sheet: the worksheet of a workbook; the first visible one by default.
+        encoding: of a csv file; found by default.
 
     Returns:
-        A frame of dtype object, whose lists and mappings are Python's own.
+        Rows that are not blank in every wanted column, by their number in the file as its own programs count (the
+        first row of a worksheet or csv, the first line of jsonl, the first item otherwise is 1): cells by column, those
+        of a workbook that it may show otherwise as [`Stored`] in wanted columns.
 
     Raises:
-        InputError: there is no such file, or it is not what its name says.
+        InputError: there is no such file, it is not what its name says, or a wanted column is missing or there twice.
     """
     file = Path(path)
     suffix = file.suffix.lower()
@@ -64,64 +80,146 @@ def read_table(path: str, expected: str) -> pd.DataFrame:
         if not exists:
             raise InputError(f"no such file: {path} (expected {expected})")
         if file.is_dir() or suffix not in FORMATS:
-            raise InputError(f"{path} is not a {', '.join(FORMATS)} file (expected {expected})")
-        if suffix == ".xlsx":
-            _check_workbook(file, f"{path} cannot be read as .xlsx ({expected})")
-    read = _read_hub if is_hub_name else READERS[suffix]
+            known = ", ".join(FORMATS)
+            raise InputError(f"{path} is not a {known} file (expected {expected}): save it as one of them")
+    for name, value, where in (("sheet", sheet, (".xlsx",)), ("encoding", encoding, (".csv", ".tsv"))):
+        if value is not None and suffix not in where:
+            raise InputError(f"{name} is for {' and '.join(where)} files, not for {path}: leave it out")
+    kind = f"{path} cannot be read as {suffix or 'a Hub data set'} ({expected})"
+    grid: Grid = {}
+    items: list[tuple[int, Any]] = []
     try:
-        return read(path)
+        if suffix == ".xlsx":
+            grid = read_worksheet(path, sheet)
+        elif suffix in GRIDS:
+            grid = read_csv(path, wanted[0], encoding)
+        else:
+            items = _read_items(path, suffix)
+            if not all(isinstance(item, dict) for _, item in items):
+                raise InputError(f"it is not a list of objects with {', '.join(wanted)}")
+    except InputError as error:
+        raise InputError(f"{kind}: {error}") from error
     except READER_ERRORS as error:
-        cause = in_short(error.__cause__ or error)
-        raise InputError(f"{path} cannot be read as {suffix or 'a Hub data set'} ({expected}): {cause}") from error
+        remedy = f": {SAVE}" if suffix == ".xlsx" else ""
+        raise InputError(f"{kind}: {in_short(error.__cause__ or error)}{remedy}") from error
+    try:
+        columns, rows = _below_header(path, grid, wanted, suffix) if suffix in GRIDS else _by_key(items, wanted)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return _without_blank_rows(path, columns, rows, wanted)
 
 
-def _check_workbook(file: Path, refusal: str) -> None:
-    """Check that a file is a workbook at all (the zip reader's own words help nobody), and of a size to be read.
+def _name(header: Any) -> str:
+    """A header as people read it: without what is invisible, white space and composed characters alike."""
+    value = header.value if isinstance(header, Stored) else header
+    return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFKC", "" if value is None else str(value))).split())
+
+
+def _columns(names: Iterable[str], wanted: Sequence[str], where: str = "") -> list[str]:
+    """Columns by their places: wanted ones by the name that is asked for, "" where there is no name of its own.
 
     Raises:
-        InputError: it is not; the line begins with `refusal`.
+        InputError: a wanted column is missing, or there twice.
     """
-    with file.open("rb") as opened:
-        begins = opened.read(len(OLE))
-    if begins == OLE:
-        raise InputError(f"{refusal}: it is encrypted or an old .xls: save it as .xlsx without a password")
-    if not begins:
-        raise InputError(f"{refusal}: it is empty (0 bytes): save or copy it again")
-    if not zipfile.is_zipfile(file):
-        raise InputError(f"{refusal}: it is no workbook, but another kind of file or cut off: save it as .xlsx")
-    try:
-        with zipfile.ZipFile(file) as parts:
-            added = sum(part.file_size - part.compress_size for part in parts.infolist())  # pictures add nothing
-    except READER_ERRORS as error:
-        raise InputError(f"{refusal}: {in_short(error)}") from error
-    if added > UNPACKED_MB * 2**20:
-        raise InputError(f"{refusal}: it {_unpacks_to(added + file.stat().st_size)}")
+    asked = {_name(name).casefold(): name for name in wanted}
+    found = [asked.get(name.casefold(), name) for name in names]
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        heads = ", ".join(name for name in found if name)
+        raise InputError(f"missing column {', '.join(missing)}{where}; found {heads or 'none'}")
+    counts = Counter(found)
+    for name in wanted:
+        if counts[name] > 1:
+            raise InputError(f"{counts[name]} columns are named {name}{where}: rename those that do not count")
+    return [name if counts[name] == 1 else "" for name in found]
 
 
-def _unpacks_to(size: int) -> str:
-    return f"unpacks to {size / 2**20:.0f} MB, more than the {UNPACKED_MB} MB that are read: save it as .csv or .jsonl"
+def _below_header(path: str, grid: Grid, wanted: Sequence[str], suffix: str) -> tuple[list[str], Rows]:
+    """The columns and rows below a header, which is the row that holds most of the wanted columns."""
+    asked = {_name(name).casefold() for name in wanted}
+    filled = [number for number, cells in grid.items() if not all(map(is_blank, cells))][:ABOVE_HEADER]
+    names = {number: [_name(cell) for cell in grid[number]] for number in filled}
+    at = max(filled, key=lambda number: len(asked & {name.casefold() for name in names[number]}), default=0)
+    columns = _columns(names.get(at, []), wanted, f" in row {at}" if at > 1 else "")
+    if at > 1:
+        logger.warning("%s: the header stands in row %d; what is above it is not read", path, at)
+    rows = {}
+    for number in (n for n in grid if n > at):
+        cells = grid[number]
+        if suffix != ".xlsx" and not all(map(is_blank, cells[len(columns) :])):
+            raise InputError(
+                f"row {number} has {len(cells)} fields, the header {len(columns)}: put a text that holds a comma, a "
+                "semicolon or a line break in quotes"
+            )
+        rows[number] = dict(zip_longest(columns, cells[: len(columns)]))
+    return columns, rows
 
 
-def _read_xlsx(path: str) -> pd.DataFrame:
-    with warnings.catch_warnings(action="ignore"):  # openpyxl's, on styles and lists that it leaves out
-        return pd.read_excel(path, engine="openpyxl", dtype=object, keep_default_na=False)
+def _by_key(items: list[tuple[int, Any]], wanted: Sequence[str]) -> tuple[list[str], Rows]:
+    """The columns and rows of objects."""
+    keys = list(dict.fromkeys(key for _, item in items for key in item))
+    columns = dict(zip(keys, _columns(map(_name, keys), wanted), strict=True))
+    return list(columns.values()), {number: {columns[k]: v for k, v in item.items()} for number, item in items}
 
 
-def _read_csv(path: str) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+def _without_blank_rows(path: str, columns: Sequence[str], rows: Rows, wanted: Sequence[str]) -> Rows:
+    """The rows with a cell in some wanted column, each with all columns; what else is left out is logged."""
+    left: Rows = {}
+    without = 0
+    for number, row in rows.items():
+        cells = {name: row.get(name) for name in columns if name}
+        if all(is_blank(cells[name]) for name in wanted):
+            without += not all(map(is_blank, cells.values()))
+            continue
+        left[number] = {n: c.value if isinstance(c, Stored) and n not in wanted else c for n, c in cells.items()}
+    if without:
+        logger.warning("%s: %d rows hold nothing in %s and are left out", path, without, ", ".join(wanted))
+    return left
 
 
-def _read_json(path: str) -> pd.DataFrame:
-    return _frame_of_objects(json.loads(Path(path).read_text(encoding="utf-8-sig")))
+def _read_items(path: str, suffix: str) -> list[tuple[int, Any]]:
+    if suffix == ".parquet":
+        return list(enumerate(_read_parquet(path), start=1))
+    if suffix in (".json", ".jsonl"):
+        return _read_json(path, lines=suffix == ".jsonl")
+    return list(enumerate(load_dataset(path, split="train").to_list(), start=1))
 
 
-def _read_jsonl(path: str) -> pd.DataFrame:
+def _read_json(path: str, lines: bool) -> list[tuple[int, Any]]:
+    """The items of a JSON list, or of an object a line, whichever it is: the name may say the other."""
+    text = decode(path)
+    if not lines or text.lstrip()[:1] == "[":
+        try:
+            items = json.loads(text, object_pairs_hook=_each_key_once)
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data" or text.lstrip()[:1] != "{":  # after an object another one begins
+                raise
+        else:
+            if isinstance(items, list):
+                return list(enumerate(items, start=1))
+            raise InputError("it is not a list of objects")
+    rows = []
     # Not splitlines: a JSON string may hold U+2028.
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    return _frame_of_objects([json.loads(line) for line in lines if line.strip()])
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            item = json.loads(line, object_pairs_hook=_each_key_once) if line.strip() else {}
+        except json.JSONDecodeError as error:
+            raise InputError(f"line {number}, character {error.pos + 1}: {error.msg} (an object a line)") from error
+        if not isinstance(item, dict):
+            raise InputError(f"line {number}: expected an object, got {in_short(ValueError(item))[:40]}")
+        rows.append((number, item))
+    return rows
 
 
-def _read_parquet(path: str) -> pd.DataFrame:
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    item = dict(pairs)
+    if len(item) < len(pairs):
+        (name, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise InputError(f"an object has the key {name!r} twice: keep one of the two")
+    return item
+
+
+def _read_parquet(path: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     size = 0
     with pq.ParquetFile(path) as file:
@@ -129,38 +227,10 @@ def _read_parquet(path: str) -> pd.DataFrame:
         index = [name for name in (schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)]
         columns = [name for name in schema.names if name not in index]
         if len(set(columns)) < len(columns):
-            raise ValueError(f"two of its columns have one name: {', '.join(columns)}")
+            raise InputError(f"two of its columns have one name: {', '.join(columns)}")
         for batch in file.iter_batches(batch_size=16, columns=columns):
             rows += batch.to_pylist()
             size += sum(len(str(row)) for row in rows[-len(batch) :])  # Arrow counts a repeated text once
             if size > UNPACKED_MB * 2**20:
-                raise ValueError(f"it {_unpacks_to(size)}")
-    return pd.DataFrame(rows, columns=columns, dtype=object)
-
-
-def _read_hub(name: str) -> pd.DataFrame:
-    return _plain_frame(load_dataset(name, split="train"))
-
-
-READERS = {
-    ".xlsx": _read_xlsx,
-    ".csv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def _plain_frame(dataset: Dataset) -> pd.DataFrame:
-    return pd.DataFrame(dataset.to_list(), columns=dataset.column_names, dtype=object)
-
-
-def _frame_of_objects(items: Any) -> pd.DataFrame:
-    if not isinstance(items, list) or not all(isinstance(i, dict) for i in items):
-        raise ValueError("it is not a list of objects")
-    return pd.DataFrame(items, dtype=object)
-
-
-def first_row(path: str) -> int:
-    """The number that a file's first row of cells has where people see it: a sheet's header is row 1."""
-    return 2 if path.lower().endswith((".xlsx", ".csv")) else 1
+                raise InputError(f"it {unpacks_to(size)}")
+    return rows

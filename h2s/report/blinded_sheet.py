@@ -163,8 +163,9 @@ def people_verdict(sheet: str) -> str:
     soft_side = dict(zip(key["rows"], key["soft_side"], strict=True))
     counts: Counter[str] = Counter()
     wins, conversations = [], []
-    records = read_table(sheet, "a filled-in blinded sheet").loc[:, list(COLUMNS)].itertuples(index=False, name=None)
-    for number, (*texts, label) in enumerate(records, start=2):
+    for number, row in read_table(sheet, "a filled-in blinded sheet", COLUMNS).items():
+        *texts, label = (row[column] for column in COLUMNS)
+        label = getattr(label, "value", label)
         side = soft_side.get(_digest([str(text) for text in texts]))
         if side is None:
             raise InputError(f"{sheet}, row {number}: not a row of the key: its texts were changed")

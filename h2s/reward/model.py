@@ -6,6 +6,7 @@ Trained by TRL's `RewardTrainer` with the pairwise logistic loss of Bradley and 
 
 import copy
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ from h2s.models import LOADING_ERRORS, load_config, load_tokenizer, model_source
 from h2s.prefix.adapter import SOFT, read_adapter_config, soft_prefix
 from h2s.prefix.chat_template import H2S_FILE
 
+logger = logging.getLogger(__name__)
+
 CARD_EXAMPLE = """from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
@@ -43,6 +46,8 @@ tokenizer = AutoTokenizer.from_pretrained({source})
 model(**tokenizer("the context", "the response", return_tensors="pt")).logits"""
 
 
+# Of what an encoder cannot read or tell apart: with more than this share nothing is learnt.
+NEARLY_ALL = 0.9
 # Keys near zero: the prefix begins as a faint, even share of the attention instead of random loud tokens.
 PREFIX_INIT_STD = 0.1
 
@@ -190,6 +195,44 @@ def tokenize_preferences(
         cuts["response"] += cut["response"]
         rows.append(encoded)
     return Dataset.from_list(rows)
+
+
+def readable_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Dataset:
+    """The pairs whose two responses the encoder tells apart; what it cannot is counted and logged.
+
+    Raises:
+        InputError: it is nearly all: the vocabulary lacks the language, or `max_tokens` cuts what differs.
+    """
+    unknown = tokens = 0
+    apart = []
+    for number, row in enumerate(dataset):
+        text = context_text(row["prompt"])
+        sides = [
+            encode_pair(tokenizer, text, reply_text(row[s]), max_tokens)["input_ids"] for s in ("chosen", "rejected")
+        ]
+        for ids in sides:
+            unknown += ids.count(tokenizer.unk_token_id)
+            tokens += len(ids) - tokenizer.num_special_tokens_to_add(pair=True)
+        if sides[0] != sides[1]:
+            apart.append(number)
+    share = unknown / max(tokens, 1)
+    if share > NEARLY_ALL:
+        raise InputError(
+            f"the encoder reads {share:.0%} of the texts' tokens as {tokenizer.unk_token} (unknown): its vocabulary "
+            "lacks this language; choose another reward_model_name_or_path (google-bert/bert-base-chinese, say)"
+        )
+    alike = len(dataset) - len(apart)
+    if alike > NEARLY_ALL * len(dataset):
+        raise InputError(
+            f"{alike} of {len(dataset)} pairs read alike to the encoder: their responses are the same, or differ only "
+            f"beyond max_tokens {max_tokens} or in what its vocabulary lacks; raise max_tokens or take another encoder"
+        )
+    if unknown:
+        logger.info("the encoder reads %.1f%% of the tokens as %s (unknown)", 100 * share, tokenizer.unk_token)
+    if alike:
+        what = "%d of %d pairs read alike to the encoder (the same responses, or cut to %d tokens): set aside"
+        logger.warning(what, alike, len(dataset), max_tokens)
+    return dataset.select(apart) if alike else dataset
 
 
 @dataclass

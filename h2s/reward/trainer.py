@@ -33,6 +33,7 @@ from h2s.reward.model import (
     load_encoder,
     max_text_tokens,
     open_encoder,
+    readable_pairs,
     tokenize_preferences,
 )
 from h2s.run.callbacks import LogBeforeSaving
@@ -145,14 +146,17 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
             if processing_class is not None:
                 raise InputError("processing_class is for a model that is loaded already: leave it out")
             source, tokenizer, max_tokens = open_encoder(str(model), virtual, args.max_tokens)
-            base = load_encoder(source)
         else:
             if not isinstance(model, BertForSequenceClassification) or model.config.num_labels != 1:
                 got = type(model).__name__
                 raise InputError(f"model must be a name or a BertForSequenceClassification of one label, got a {got}")
-            base, tokenizer = model, processing_class or load_tokenizer(model.name_or_path)
-            check_encoder(base.config, tokenizer, base.name_or_path)
-            max_tokens = max_text_tokens(base.config, tokenizer, virtual, args.max_tokens)
+            source, tokenizer = model, processing_class or load_tokenizer(model.name_or_path)
+            check_encoder(model.config, tokenizer, model.name_or_path)
+            max_tokens = max_text_tokens(model.config, tokenizer, virtual, args.max_tokens)
+        train_dataset = readable_pairs(train_dataset, tokenizer, max_tokens)
+        if eval_dataset is not None:
+            eval_dataset = readable_pairs(eval_dataset, tokenizer, max_tokens)
+        base = source if isinstance(source, PreTrainedModel) else load_encoder(source)
         peft_model = add_reward_prefix(base, peft_config)
         self.cuts: Counter[str] = Counter()
         parts = [

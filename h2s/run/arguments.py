@@ -13,11 +13,27 @@ def _setting(help_text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+def _mapping(name: str, value: Any) -> dict | None:
+    """A setting that is a mapping; a flag's is JSON.
+
+    Raises:
+        InputError: it is none.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise InputError(f"{name} must be a mapping as JSON: {error}") from error
+    if not isinstance(value, dict | None):
+        raise InputError(f"{name} must be a mapping, got {value!r}")
+    return value
+
+
 @dataclass
 class Section:
     """A section of a recipe."""
 
-    def require(self, key: str, section: str) -> str:
+    def require(self, key: str, section: str) -> Any:
         """A setting without which nothing runs.
 
         Raises:
@@ -45,13 +61,7 @@ class HardPromptArguments(Section):
     chat_template_kwargs: dict | str | None = _setting("Settings of the model's chat template: a mapping, or JSON.")
 
     def __post_init__(self):
-        if isinstance(self.chat_template_kwargs, str):  # a flag's
-            try:
-                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
-            except ValueError as error:
-                raise InputError(f"chat_template_kwargs must be a mapping as JSON: {error}") from error
-        if not isinstance(self.chat_template_kwargs, dict | None):
-            raise InputError(f"chat_template_kwargs must be a mapping, got {self.chat_template_kwargs!r}")
+        self.chat_template_kwargs = _mapping("chat_template_kwargs", self.chat_template_kwargs)
 
 
 @dataclass
@@ -109,7 +119,7 @@ class NoArguments:
 class DatasetArguments(Section):
     """The data and how it is split."""
 
-    path: str | None = _setting("The file (xlsx, csv, json, jsonl, parquet) or Hub data set.")
+    path: None | str | list[str] = _setting("The file (xlsx, csv, json, jsonl, parquet) or Hub data set, or several.")
     test_size: float = _setting("Share of conversations reported on; half of it selects.", 0.2)
     split_seed: int = _setting("Seed of the split by conversation.", 42)
 
@@ -118,8 +128,15 @@ class DatasetArguments(Section):
 class RewardDatasetArguments(DatasetArguments):
     """The judgements, how they are split, and what is measured on them."""
 
+    sheet: str | None = _setting("The worksheet; the first visible one by default.")
+    columns: dict | str | None = _setting("What the files call the columns: {human_eval: verdict, …}, or JSON.")
+    labels: dict | str | None = _setting('Which verdict means what: {"A": 0, "B": 1, "tie": 3}, or JSON.')
+    encoding: str | None = _setting("Of csv files; found by default.")
     folds: int | None = _setting("Cross-validate over this many folds by conversation first (5, say).")
     judge_share: float | None = _setting("Share of the conversations that a second model, the judge, gets (0.5, say).")
+
+    def __post_init__(self):
+        self.columns, self.labels = _mapping("columns", self.columns), _mapping("labels", self.labels)
 
 
 @dataclass

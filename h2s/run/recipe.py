@@ -158,10 +158,16 @@ def _read_settings(path: Path, fields: dict[str, tuple[str, Any]], parser: _Pars
                 value = _parse_value(parser, key, value, hint)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
-            if key in INPUT_PATHS and isinstance(value, str) and os.path.exists(path.parent / value):
-                value = str(path.parent / value)
-            flat[key] = value
+            flat[key] = _found(value, path.parent) if key in INPUT_PATHS else value
     return flat
+
+
+def _found(value: Any, folder: Path) -> Any:
+    """An input's path, or several, in the recipe's own folder where it is there."""
+    if isinstance(value, list):
+        return [_found(v, folder) for v in value]
+    beside = isinstance(value, str) and os.path.exists(folder / value)
+    return str(folder / value) if beside else value
 
 
 def _kinds(hint: Any) -> list[Any]:
@@ -194,7 +200,7 @@ def _parse_value(parser: _Parser, key: str, value: Any, hint: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML that `_StrictSafeLoader` reads: no aliases, enumerations by their value, dataclasses by their fields."""
+    """Safe YAML for `_StrictSafeLoader`: no aliases, enumerations by their value, dataclasses by their fields."""
 
     def ignore_aliases(self, data):
         return True

@@ -10,14 +10,14 @@ from trl import is_conversational
 
 import h2s
 from h2s.data.datasets import load_contexts, load_preferences, read_judgements
-from h2s.data.tables import FORMATS
+from h2s.data.tables import FORMATS, GRIDS
 from h2s.errors import InputError
 
 USER = {"role": "user", "content": "hi there"}
 ASSISTANT = {"role": "assistant", "content": "hello"}
 CONTEXT = str([USER])
 ROW = [CONTEXT, "how was it?", "I see.", 0]
-ODD_TEXTS = ["NA", "null", "nan", "#N/A", "a\nb", "a\u2028b", '"quoted", and, commas', "=1+1", "1.50", "007", "TRUE"]
+ODD_TEXTS = ["NA", "n/a", "a\nb", "a\u2028b", '"quoted", and, commas', "=1+1", "1.50", "007", "TRUE", "nandu", "#REF"]
 
 
 def write_items(folder, items):
@@ -43,14 +43,14 @@ def test_mixed_forms_in_one_json(tmp_path):
     forms = ["hi there", [USER], CONTEXT, json.dumps([USER])]
     forms.append([{"role": "user", "content": [{"type": "text", "text": "hi there"}]}])
     contexts = load_contexts(write_items(tmp_path, [{"context": f} for f in [*forms, [ASSISTANT, USER]]]))
-    assert contexts.column_names == ["prompt"]
+    assert contexts.column_names == ["prompt", "file", "row"]
     assert list(contexts["prompt"]) == [[USER]] * 5 + [[ASSISTANT, USER]]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_all_formats_give_the_same_contexts(tmp_path, suffix):
     expected = [sample_context(i) for i in range(5)] + [[{"role": "user", "content": t}] for t in ODD_TEXTS]
-    cells = [json.dumps(c, ensure_ascii=False) if suffix in (".csv", ".xlsx") else c for c in expected]
+    cells = [json.dumps(c, ensure_ascii=False) if suffix in GRIDS else c for c in expected]
     contexts = load_contexts(write_table(tmp_path, suffix, {"context": cells}))
     assert list(contexts["prompt"]) == expected
 
@@ -65,10 +65,10 @@ def test_further_columns_stay_beside_their_rows(tmp_path, suffix):
         "context": ["a", "b", "c"],
     }
     contexts = load_contexts(write_table(tmp_path, suffix, columns))
-    assert set(contexts.column_names) == {"prompt", "topic", "length", "weight"}
+    assert set(contexts.column_names) == {"prompt", "topic", "length", "weight", "file", "row"}
     assert [p[0]["content"] for p in contexts["prompt"]] == ["a", "b", "c"]
     assert list(contexts["topic"]) == ["tea", "rain", "NA"]
-    if suffix == ".csv":
+    if suffix in (".csv", ".tsv"):
         assert list(contexts["weight"]) == ["0.5", "2.0", "1.0"]
     else:
         assert list(contexts["length"]) == [3, None, 2**40]
@@ -121,9 +121,15 @@ def test_a_column_of_mixed_types_is_refused_by_name(tmp_path, values, suffix):
 
 def test_columns_that_trl_gives_a_meaning_of_its_own_are_left_out(tmp_path):
     """Nor can they hinder: their values may be of any types."""
-    others = {"prompt": [1, "a"], "completion": [[2], "b"], "completion_ids": ["c", 3], "kept": ["x", "y"]}
+    others = {
+        "prompt": [1, "a"],
+        "completion": [[2], "b"],
+        "completion_ids": ["c", 3],
+        "row": ["?", 9],
+        "kept": ["x", "y"],
+    }
     contexts = load_contexts(write_table(tmp_path, ".json", {**others, "context": ["hi", "ho"]}))
-    assert contexts.column_names == ["prompt", "kept"]
+    assert contexts.column_names == ["prompt", "kept", "file", "row"]
     assert [p[0]["content"] for p in contexts["prompt"]] == ["hi", "ho"]
 
 
@@ -131,11 +137,10 @@ def test_columns_that_trl_gives_a_meaning_of_its_own_are_left_out(tmp_path):
     ("items", "words"),
     [
         ([{"context": "hi"}, {"context": "[1"}], r"contexts\.json, row 2, context: .*neither JSON"),
-        ([{"context": "hi"}, {"id": 3}], r"contexts\.json, row 2, context: .*non-empty list"),
-        ([{"context": "hi"}, {"context": None}], r"contexts\.json, row 2, context: .*non-empty list"),
+        ([{"context": "hi"}, {"context": 3}], r"contexts\.json, row 2, context: .*non-empty list"),
         ([{"context": [USER, ASSISTANT]}], r"contexts\.json, row 1, context: the last message"),
-        ([{"Context": "hi", "b": 1}], r"no column 'context'; found Context, b"),
-        ([], r"no column 'context'; found none"),
+        ([{"Contexts": "hi", "b": 1}], r"contexts\.json: missing column context; found Contexts, b"),
+        ([], r"missing column context; found none"),
     ],
 )
 def test_what_is_no_context_is_named(tmp_path, items, words):
@@ -145,7 +150,7 @@ def test_what_is_no_context_is_named(tmp_path, items, words):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_sheet_is_counted_with_its_header(tmp_path, suffix):
-    row = 3 if suffix in (".csv", ".xlsx") else 2
+    row = 3 if suffix in GRIDS else 2
     with pytest.raises(InputError, match=f"row {row}, context: .*neither JSON"):
         load_contexts(write_table(tmp_path, suffix, {"context": ["hi", "[1"]}))
 
@@ -160,7 +165,7 @@ def test_table_with_a_header_alone(tmp_path):
 
 def test_directions(tmp_path):
     pairs = load_preferences(write_sheet(tmp_path, [[CONTEXT, "A", "B", 0], [CONTEXT, "C", "D", 1]]))
-    assert pairs.column_names == ["prompt", "chosen", "rejected", "label", "row"]
+    assert pairs.column_names == ["prompt", "chosen", "rejected", "label", "file", "row"]
     assert list(pairs["prompt"]) == [[USER]] * 2
     assert list(pairs["chosen"]) == [[{"role": "assistant", "content": text}] for text in "AD"]
     assert list(pairs["rejected"]) == [[{"role": "assistant", "content": text}] for text in "BC"]
@@ -198,10 +203,10 @@ def test_forms_of_a_label(tmp_path, label):
     assert read_judgements(write_sheet(tmp_path, [[*ROW[:3], label]])).counts == {0: 1}
 
 
-@pytest.mark.parametrize("label", [4, -1, 0.5, 1.5, "policy", "", None, False, True, "NA", "1, 2"])
+@pytest.mark.parametrize("label", [4, -1, 0.5, 1.5, "policy", False, True, "NA", "1, 2"])
 def test_labels_that_are_none(tmp_path, label):
     path = write_sheet(tmp_path, [ROW, ROW, [*ROW[:3], label], ROW])
-    with pytest.raises(InputError, match=r"sheet\.xlsx, row 4: human_eval must be 0, 1, 2 or 3, got"):
+    with pytest.raises(InputError, match=r"sheet\.xlsx, row 4, human_eval: expected .*, got"):
         load_preferences(path)
 
 
@@ -225,37 +230,37 @@ def test_number_that_excel_made_of_a_reply(tmp_path):
 @pytest.mark.parametrize(
     ("column", "cell", "words"),
     [
-        (0, "", "context_messages: .*non-empty"),
+        (0, "", "context_messages: expected a context, got an empty cell"),
         (0, "[{'role': 'user'", "context_messages: .*neither JSON nor a Python literal"),
         (0, "[{'role': 'assistant', 'content': 'hi'}]", "context_messages: the last message must be the user's"),
         (1, "", "policy_response: expected a response, got an empty cell"),
         (1, " \n", "policy_response: expected a response, got an empty cell"),
         (2, None, "reference_response: expected a response, got an empty cell"),
-        (3, 7, "human_eval must be 0, 1, 2 or 3, got"),
+        (3, 7, "human_eval: expected .*, got"),
     ],
 )
 def test_malformed_row_is_named(tmp_path, suffix, column, cell, words):
     bad = [CONTEXT, "a", "b", 2]  # set aside or not, a row is checked
     bad[column] = cell
-    row = 4 if suffix in (".xlsx", ".csv") else 3
-    with pytest.raises(InputError, match=rf"sheet\{suffix}, row {row}: {words}"):
+    row = 4 if suffix in GRIDS else 3
+    with pytest.raises(InputError, match=rf"sheet\{suffix}, row {row}, {words}"):
         load_preferences(write_sheet(tmp_path, [ROW, ROW, bad, ROW], suffix))
 
 
 def test_odd_rows_are_named(tmp_path):
-    with pytest.raises(InputError, match="row 3: human_eval"):
-        load_preferences(write_sheet(tmp_path, [ROW, [None] * 4, ROW]))
-    with pytest.raises(InputError, match="row 2: policy_response: expected the text of a response, got True"):
+    with pytest.raises(InputError, match="row 3, policy_response"):
+        load_preferences(write_sheet(tmp_path, [ROW, [CONTEXT, None, "b", 0], ROW]))
+    with pytest.raises(InputError, match="row 2, policy_response: expected the text of a response, got True"):
         load_preferences(write_sheet(tmp_path, [[CONTEXT, True, "b", 0]]))
     path = write_items(tmp_path, [])
     (tmp_path / "contexts.json").write_text(json.dumps([dict(zip(COLUMNS, [CONTEXT, "a", "\ud83d", 2], strict=True))]))
-    with pytest.raises(InputError, match="row 1: reference_response: half a character"):
+    with pytest.raises(InputError, match="row 1, reference_response: half a character"):
         load_preferences(path)
 
 
 def test_missing_columns_name_those_found(tmp_path):
-    path = write_sheet(tmp_path, [["a", "b", 0]], columns=["context_messages", "Policy_response", "human_eval"])
-    words = r"missing column policy_response, reference_response; found context_messages, Policy_response, human_eval"
+    path = write_sheet(tmp_path, [["a", "b", 0]], columns=["context_messages", "reply", "human_eval"])
+    words = r"missing column policy_response, reference_response; found context_messages, reply, human_eval"
     with pytest.raises(InputError, match=words):
         load_preferences(path)
 

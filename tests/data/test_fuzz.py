@@ -82,7 +82,7 @@ def returns_or_refuses(read, *args):
     try:
         return read(*args)
     except InputError as error:
-        assert 0 < len(str(error)) < 1000
+        assert 0 < len(str(error)) < 3000
         return None
 
 
@@ -122,7 +122,9 @@ def test_contexts_in_json(folder, items, lines):
     texts = [json.dumps(i, default=plain) for i in (items if lines and isinstance(items, list) else [items])]
     file.write_text("\n".join(texts), encoding="utf-8")
     rows = returns_or_refuses(load_contexts, str(file))
-    assert rows is None or (all(map(are_messages, rows["prompt"])) and set(rows.column_names) <= {"prompt", "id"})
+    assert rows is None or (
+        all(map(are_messages, rows["prompt"])) and set(rows.column_names) <= {"prompt", "id", "file", "row"}
+    )
 
 
 @quick(100)
@@ -204,7 +206,7 @@ def test_a_sheet(folder, rows):
         return
     judgements = returns_or_refuses(read_judgements, str(folder / "any.xlsx"))
     if judgements is not None:
-        assert judgements.counts.total() == len(rows)
+        assert judgements.counts.total() + sum(judgements.unjudged.values()) <= len(rows)
         for row in judgements.dataset:
             assert are_messages(row["prompt"])
             for (reply,) in (row["chosen"], row["rejected"]):

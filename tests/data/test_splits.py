@@ -148,7 +148,7 @@ def test_folds_do_not_follow_the_order_of_the_file():
 
 @pytest.mark.parametrize(("conversations", "folds"), [(10, 1), (10, 0), (10, -2), (10, 6), (3, 2)])
 def test_folds_that_do_not_fit(conversations, folds):
-    words = f"folds must be at least 2 and at most half of the {conversations} conversations, got {folds}"
+    words = f"{conversations} conversations found: folds must be at least 2 and at most half of them, got {folds}"
     with pytest.raises(InputError, match=words):
         folds_by_conversation(many(conversations * 2), folds, 42)
 
@@ -200,9 +200,9 @@ def test_judge_shares_that_leave_nothing(share):
 def test_too_few_conversations_for_a_judge():
     parts = split_by_conversation(many(), 42, 0.2)
     one = parts["validation"].select(range(1))
-    with pytest.raises(InputError, match="the validation part holds 1 conversations, too few to share"):
+    with pytest.raises(InputError, match="1 conversations found in the validation part, too few to share"):
         share_with_judge(parts | {"validation": one}, 42, 0.5)
-    with pytest.raises(InputError, match="the train part holds 1 conversations, too few to share"):
+    with pytest.raises(InputError, match="1 conversations found in the train part, too few to share"):
         share_with_judge(parts | {"train": one}, 42, 0.5)
 
 
@@ -221,7 +221,7 @@ def test_parts_of_the_models():
 def test_a_sheet_that_is_held_out_whole():
     """As one that compare.py wrote: its conversations are the test part of the same seed and size."""
     held_out = split_by_conversation(many(), 42, 0.2)["test"]
-    words = "all [0-9]+ conversations are held out by test_size 0.2 and split_seed 42, .* take another split_seed"
+    words = "[0-9]+ conversations found, all held out by test_size 0.2 and split_seed 42, .* take another split_seed"
     with pytest.raises(InputError, match=words):
         split_by_conversation(held_out, 42, 0.2)
     assert split_by_conversation(held_out, 43, 0.2)

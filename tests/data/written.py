@@ -17,8 +17,8 @@ def write_table(folder: Path, suffix: str, columns: dict[str, list], name: str =
     if suffix == ".jsonl":
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         file.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
-    if suffix == ".csv":
-        pd.DataFrame(columns).to_csv(file, index=False)
+    if suffix in (".csv", ".tsv"):
+        pd.DataFrame(columns).to_csv(file, index=False, sep=",\t"[suffix == ".tsv"])
     if suffix == ".xlsx":
         book = Workbook()
         for number, row in enumerate([list(columns), *(row.values() for row in rows)], start=1):

@@ -154,7 +154,7 @@ TABLE = [
     (WITH_CONTEXTS, items(*["hello"] * 5), "part is empty: 1 conversations are too few for test_size 0.2"),
     *[(WITH_DATA, dataset(test_size=share), "test_size must lie between 0 and 0.6", f"got {share}")
       for share in (0, 0.6, -0.1, float("nan"))],
-    *[("train_reward", dataset(folds=folds), "folds must be at least 2 and at most half of the 40", f"got {folds}")
+    *[("train_reward", dataset(folds=folds), "40 conversations found: folds must be at least 2", f"got {folds}")
       for folds in (1, 0, -3, 21)],
     *[("train_reward", dataset(judge_share=share), "judge_share must lie between 0 and 1, got")
       for share in (0, 1, -0.5, 1.5, float("nan"))],

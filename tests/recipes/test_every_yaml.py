@@ -132,7 +132,7 @@ def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_f
              "--num_train_epochs", 1, "--output_dir", tmp_path, "--run_name", "r2"]  # fmt: skip
     with pytest.raises(SystemExit):
         run("train_reward", *again)
-    assert "all 8 conversations are held out by test_size 0.2 and split_seed 42" in capsys.readouterr().err
+    assert "8 conversations found, all held out by test_size 0.2 and split_seed 42" in capsys.readouterr().err
     run("train_reward", *again, "--split_seed", 1, "--test_size", 0.4)
     assert (tmp_path / "r2" / "adapter_model.safetensors").is_file()
 

@@ -1,0 +1,121 @@
+"""A worksheet's cells as people see them."""
+
+import logging
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from openpyxl import load_workbook
+from openpyxl.worksheet.worksheet import Worksheet
+
+from h2s.data.cells import Stored
+from h2s.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# What a compressed file may hold more than its own size: some 30,000 pairs of a sheet. A few KB can hold any number.
+UNPACKED_MB = 32
+# The first bytes of Office's old container, in which encrypted workbooks stand too.
+OLE = bytes.fromhex("d0cf11e0a1b11ae1")
+SAVE = "save it as .xlsx (Excel Workbook) or .csv with the program that opens it"
+# A part that only another program's file has.
+OTHER_PROGRAMS = {
+    "content.xml": "an OpenDocument spreadsheet (LibreOffice)",
+    "Index/Document.iwa": "a Numbers spreadsheet",
+    "xl/workbook.bin": "a binary workbook (.xlsb)",
+    "word/document.xml": "a Word document",
+}
+STRICT = b"http://purl.oclc.org/ooxml/"
+# A character as OOXML spells one (ECMA-376 part 1, 22.9.2.19): _x000D_ is a carriage return, _x005F_ an underscore.
+ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")
+
+Grid = dict[int, list[Any]]
+
+
+def unpacks_to(size: int) -> str:
+    """The refusal of a file that holds too much."""
+    return f"unpacks to {size / 2**20:.0f} MB, more than the {UNPACKED_MB} MB that are read: save it as .csv or .jsonl"
+
+
+def check_workbook(file: Path) -> None:
+    """Check that a file is a workbook at all (the zip reader's own words help nobody), and of a size to be read.
+
+    Raises:
+        InputError: it is not.
+    """
+    with file.open("rb") as opened:
+        begins = opened.read(len(OLE))
+    if begins == OLE:
+        raise InputError("it is encrypted or an old .xls: save it as .xlsx without a password")
+    if not begins:
+        raise InputError("it is empty (0 bytes): save or copy it again")
+    if not zipfile.is_zipfile(file):
+        raise InputError(f"it is no workbook, but another kind of file or cut off: {SAVE}")
+    with zipfile.ZipFile(file) as parts:
+        added = sum(part.file_size - part.compress_size for part in parts.infolist())  # pictures add nothing
+        names = parts.namelist()
+        if added > UNPACKED_MB * 2**20:
+            raise InputError(f"it {unpacks_to(added + file.stat().st_size)}")
+        strict = "xl/workbook.xml" in names and STRICT in parts.read("xl/workbook.xml")
+    for part, what in OTHER_PROGRAMS.items():
+        if part in names:
+            raise InputError(f"it is {what}: {SAVE}")
+    if strict:
+        raise InputError(f"it is a Strict Open XML workbook: {SAVE}")
+
+
+def read_worksheet(path: str, sheet: str | None = None) -> Grid:
+    """The cells of the worksheet named `sheet`, or of the first visible one, by row.
+
+    Merged cells hold their value in each of their rows. What was not read, or is hidden and read, is logged.
+
+    Raises:
+        InputError: there is no such worksheet, or the file cannot be read.
+    """
+    check_workbook(Path(path))
+    with warnings.catch_warnings(action="ignore"):  # openpyxl's, on styles and lists that it leaves out
+        book = load_workbook(path, data_only=True)
+    visible = [s for s in book.worksheets if s.sheet_state == "visible"]
+    names = ", ".join(repr(s.title) + ("" if s in visible else " (hidden)") for s in book.worksheets)
+    if sheet is not None:
+        chosen = next((s for s in book.worksheets if s.title == sheet), None)
+        if chosen is None:
+            raise InputError(f"it has no worksheet {sheet!r}, but {names or 'none'}")
+    elif not visible:
+        raise InputError(f"it has no visible worksheet, but {names or 'none'}: sheet picks one")
+    else:
+        chosen = visible[0]
+    others = [s for s in book.worksheets if s is not chosen and s.max_row > 1]
+    if others and sheet is None:
+        left = ", ".join(repr(s.title) + ("" if s in visible else " (hidden)") for s in others)
+        logger.warning("%s: the worksheet %r is read, not %s (sheet picks one)", path, chosen.title, left)
+    return _cells(path, chosen)
+
+
+def _cells(path: str, sheet: Worksheet) -> Grid:
+    # From A1 on, wherever the table begins.
+    grid = {number: [_value(cell) for cell in row] for number, row in enumerate(sheet.iter_rows(), start=1)}
+    merged = 0
+    for area in sheet.merged_cells.ranges:
+        for number in range(area.min_row + 1, area.max_row + 1):
+            grid[number][area.min_col - 1] = grid[area.min_row][area.min_col - 1]
+            merged += 1
+    hidden = sum(sheet.row_dimensions[n].hidden for n in grid if any(v is not None for v in grid[n]))
+    if merged:
+        logger.warning("%s: %d merged cells are read with the value that they show", path, merged)
+    if hidden:
+        logger.warning("%s: %d hidden rows are read like the others: delete them to leave them out", path, hidden)
+    return grid
+
+
+def _value(cell: Any) -> Any:
+    value, shown_by = cell.value, cell.number_format
+    if isinstance(value, str):
+        text = ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), value)
+        # Halves of a character, spelt one by one, are that character.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        # Another text is shown around it, or nothing.
+        return Stored(text, shown_by) if shown_by == ";;;" or ("@" in shown_by and shown_by != "@") else text
+    return value if value is None else Stored(value, shown_by)

@@ -1,10 +1,12 @@
 """Contexts and judgements as data sets: what a row becomes, what is set aside, and which row or column is refused."""
 
+import csv
 import datetime
 import json
 
 import pytest
 from data.written import write_table
+from openpyxl import Workbook
 from tiny import COLUMNS, sample_context
 from trl import is_conversational
 
@@ -269,3 +271,160 @@ def test_order_and_further_columns_do_not_matter(tmp_path):
     pairs = load_preferences(write_sheet(tmp_path, [["Ann", 1, "B", "A", CONTEXT]], columns=["rater", *COLUMNS[::-1]]))
     assert (pairs["chosen"][0][0]["content"], pairs["rejected"][0][0]["content"]) == ("B", "A")
     assert "rater" not in pairs.column_names
+
+
+# Sheets as people have them
+
+
+def test_several_sheets(tmp_path):
+    """Each row says which file it is of; counts a sheet, and what is not judged yet."""
+    first = write_sheet(tmp_path, [ROW, [*ROW[:3], 3], [*ROW[:3], None]])
+    second = write_table(
+        tmp_path, ".csv", dict(zip(COLUMNS, zip([CONTEXT, "c", "d", 1], strict=True), strict=True)), "b"
+    )
+    judgements = read_judgements([first, second])
+    assert list(judgements.dataset["file"]) == [first, second]
+    assert list(judgements.dataset["row"]) == [2, 2]
+    assert judgements.unjudged == {first: 1, second: 0}
+    assert judgements.summary().splitlines() == [
+        f"{first}: 2 rows judged, 1 not yet",
+        f"{second}: 1 rows judged, 0 not yet",
+        "1 policy better, 1 reference better, 0 both poor, 1 tie or both good; 2 pairs over 1 conversations, 1 rows "
+        "set aside, 1 not judged yet",
+    ]
+    contexts = [write_table(tmp_path, ".json", {"context": ["hi", "ho"], "topic": ["a", "b"]}, "c1")]
+    contexts.append(write_table(tmp_path, ".csv", {"context": ["he"]}, "c2"))
+    read = load_contexts(contexts)
+    assert [p[0]["content"] for p in read["prompt"]] == ["hi", "ho", "he"]
+    assert list(read["topic"]) == ["a", "b", None] and list(read["row"]) == [1, 2, 2]
+    assert list(read["file"]) == [contexts[0], contexts[0], contexts[1]]
+
+
+@pytest.mark.parametrize("blank", [None, "", " ", "\xa0"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_rows_not_judged_yet_are_counted_and_left_out(tmp_path, suffix, blank):
+    path = write_sheet(tmp_path, [[*ROW[:3], "0"], [*ROW[:3], blank], [*ROW[:3], "1"]], suffix)
+    judgements = read_judgements(path)
+    assert judgements.counts == {0: 1, 1: 1} and judgements.unjudged == {path: 1}
+    with pytest.raises(InputError, match=r"no row is labelled 0 or 1, .* \(0 rows, 2 without a verdict\)"):
+        read_judgements(write_sheet(tmp_path, [[*ROW[:3], blank]] * 2, suffix))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_blank_rows_are_left_out_and_counted_as_rows(tmp_path, suffix, caplog):
+    """In the middle and at the end; a row that holds an annotator's name alone is told."""
+    row = [*ROW[:3], "0", "Ann"]
+    rows = [row, [None] * 5, [" ", "", None, "", ""], [*[None] * 4, "Ann"], row, [None] * 5]
+    path = write_sheet(tmp_path, rows, suffix, [*COLUMNS, "annotator"])
+    judgements = read_judgements(path)
+    assert [row.row - judgements.rows[0].row for row in judgements.rows] == [0, 4]
+    assert judgements.unjudged == {path: 0}
+    assert [said for said in caplog.messages if "left out" in said] == [
+        f"{path}: 1 rows hold nothing in {', '.join(COLUMNS)} and are left out"
+    ]
+
+
+def test_up_to_ten_bad_rows_are_named_at_once(tmp_path):
+    rows = [[CONTEXT, "", "b", 0] if n % 2 else [CONTEXT, "a", "b", 7] for n in range(24)]
+    with pytest.raises(InputError) as error:
+        load_preferences(write_sheet(tmp_path, rows))
+    said = str(error.value)
+    assert "sheet.xlsx: 24 rows cannot be used: row 2, human_eval: " in said and said.endswith("; and 14 more")
+    assert [f"row {n}," in said for n in (2, 3, 11, 12)] == [True, True, True, False]
+
+
+def test_other_headers_and_verdicts(tmp_path):
+    columns = ["Prompt", "Reply 1", "Reply 2", "Winner"]
+    path = write_sheet(
+        tmp_path, [["hi", "a", "b", "A"], ["ho", "c", "d", " b "], ["he", "e", "f", "Tie"]], columns=columns
+    )
+    names = dict(zip(COLUMNS, columns, strict=True))
+    judgements = read_judgements(path, columns=names, labels={"A": 0, "B": 1, "tie": 3})
+    assert [(row.policy_response, row.label) for row in judgements.rows] == [("a", 0), ("c", 1), ("e", 3)]
+    with pytest.raises(InputError, match="row 4, Winner: expected one of a, b, got 'Tie': labels maps"):
+        load_preferences(path, columns=names, labels={"A": 0, "B": 1})
+    with pytest.raises(InputError, match=r"missing column human_eval; found Prompt, .*, Winner"):
+        load_preferences(path, columns={**names, "human_eval": "human_eval"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"columns": {"prompt": "context_messages"}}, "columns maps context_messages, .* got prompt"),
+        ({"columns": {"human_eval": 3}}, "columns maps .* got human_eval: 3"),
+        ({"columns": {"policy_response": "x", "reference_response": "x"}}, "columns names one header twice: x, x"),
+        ({"labels": {True: 0}}, r"labels maps a file's verdicts \(in quotes\) .* got True: 0"),
+        ({"labels": {"A": 4}}, "labels maps .* got 'A': 4"),
+        ({"labels": {"A": "0"}}, "labels maps .* got 'A': '0'"),
+        ({"labels": {"A": [0]}}, "labels maps"),
+        ({"encoding": "big5"}, r"encoding is for \.csv and \.tsv files, not for .*sheet\.xlsx"),
+    ],
+)
+def test_settings_that_fit_no_sheet(tmp_path, settings, words):
+    with pytest.raises(InputError, match=words):
+        load_preferences(write_sheet(tmp_path, [ROW]), **settings)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("header", ["human_eval ", "human_eval\xa0", "\ufeffHuman_Eval", " human_eval\n"])
+def test_a_padded_header_is_the_column(tmp_path, suffix, header):
+    if suffix in (".csv", ".tsv") and "\n" in header:
+        pytest.skip("quoted over two lines: the delimiter is found by the header's line")
+    assert read_judgements(write_sheet(tmp_path, [ROW], suffix, [*COLUMNS[:3], header])).counts == {0: 1}
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".csv"])
+def test_a_double_header_is_named(tmp_path, suffix, caplog):
+    rows = [",".join([*COLUMNS, "human_eval"]), "hi,a,b,0,1"]
+    (tmp_path / "sheet.csv").write_text("\n".join(rows), encoding="utf-8")
+    path = str(tmp_path / "sheet.csv")
+    if suffix == ".xlsx":
+        path = write_sheet(tmp_path, [[*ROW, 1]], columns=[*COLUMNS, "human_eval "])
+    with pytest.raises(InputError, match="2 columns are named human_eval: rename those that do not count"):
+        load_preferences(path)
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".csv"])
+@pytest.mark.parametrize("above", [[["Judgements, round 3"], []], [[], [], []], [["sep=,"]]])
+def test_rows_above_the_header(tmp_path, suffix, above, caplog):
+    rows = [*above, ["id", *COLUMNS], ["7", *ROW[:3], 0], ["8", *ROW[:3], 1]]
+    path = tmp_path / f"sheet{suffix}"
+    if suffix == ".xlsx":
+        book = Workbook()
+        for number, row in enumerate(rows, start=1):
+            for column, value in enumerate(row, start=2):
+                book.active.cell(number, column, value)
+        book.save(path)
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    judgements = read_judgements(str(path))
+    assert [row.row for row in judgements.rows] == [len(above) + 2, len(above) + 3]
+    assert f"the header stands in row {len(above) + 1}" in caplog.messages[0]
+
+
+def test_fields_beside_the_header(tmp_path):
+    """Empty ones at a row's end are none; others would move what they belong to."""
+    header = ",".join(COLUMNS)
+    path = tmp_path / "sheet.csv"
+    path.write_text(f"{header}\nhi,a,b,0,,\nho,a,b\nhe,a,b,1,\n", encoding="utf-8")
+    judgements = read_judgements(str(path))
+    assert judgements.counts == {0: 1, 1: 1} and judgements.unjudged == {str(path): 1}
+    path.write_text(f"{header}\nhi,a,b,0\nDear team, where is it?,a,b,1\n", encoding="utf-8")
+    with pytest.raises(InputError, match="row 3 has 5 fields, the header 4: put a text that holds a comma"):
+        read_judgements(str(path))
+
+
+def test_lines_of_json_by_either_name(tmp_path):
+    items = [{"context": "hi", "a": {"b": ["\u2028"]}}, {"context": "ho"}]
+    forms = {"list": json.dumps(items, indent=1), "lines": "\n\n".join(map(json.dumps, items))}
+    for form, text in forms.items():
+        for suffix in (".json", ".jsonl"):
+            (tmp_path / f"t{suffix}").write_text(text, encoding="utf-8")
+            contexts = load_contexts(str(tmp_path / f"t{suffix}"))
+            assert [p[0]["content"] for p in contexts["prompt"]] == ["hi", "ho"]
+            assert list(contexts["row"]) == ([1, 2] if form == "list" else [1, 3])
+    for bad in ('{"context": "x"},', '{"context": "x"}{"context": "y"}', "{'context': 'x'}", "null", '{"context": "'):
+        (tmp_path / "t.jsonl").write_text("\n".join([*map(json.dumps, items), bad, json.dumps(items[0])]))
+        with pytest.raises(InputError, match=r"cannot be read as \.jsonl .*: line 3"):
+            load_contexts(str(tmp_path / "t.jsonl"))

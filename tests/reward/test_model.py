@@ -27,6 +27,7 @@ from h2s.reward.model import (
     load_encoder,
     max_text_tokens,
     open_encoder,
+    readable_pairs,
     reply_text,
     tokenize_preferences,
 )
@@ -422,3 +423,29 @@ def test_collator_encodes_each_text_once(bert_tokenizer):
     assert batch["token_type_ids"].tolist() == [[0, 0, 1, 0], [0, 0, 1, 1], [0, 1, 1, 0]]
     assert batch["pairs"].tolist() == [[0, 1], [1, 2], [0, 2]]
     assert next(iter(batch)) == "pairs"  # what Trainer takes for the batch's size
+
+
+def test_pairs_that_read_alike_are_set_aside(bert_tokenizer, caplog):
+    """Beside [CLS], [SEP], [SEP] twelve tokens leave nine of a reply: the context goes first."""
+    same = "tea cat rain tea cat rain tea cat rain"
+    pairs = pairs_of((f"{same} walk", f"{same} tea"), ("tea", "rain"), ("tea", "TEA"), ("cat", "tea"))
+    with caplog.at_level("INFO", "h2s"):
+        left = readable_pairs(pairs, bert_tokenizer, 12)
+    assert [row["chosen"][0]["content"] for row in left] == ["tea", "cat"]
+    assert caplog.messages == [
+        "2 of 4 pairs read alike to the encoder (the same responses, or cut to 12 tokens): set aside"
+    ]
+    assert len(readable_pairs(pairs, bert_tokenizer, 13)) == 3
+    with pytest.raises(InputError, match=r"20 of 21 pairs read alike .* beyond max_tokens 12"):
+        readable_pairs(pairs_of(*[(f"{same} walk", f"{same} tea")] * 20, ("tea", "cat")), bert_tokenizer, 12)
+
+
+def test_unknown_tokens_are_counted(bert_tokenizer, caplog):
+    assert bert_tokenizer.tokenize("walk 沒 空") == ["walk", "[UNK]", "[UNK]"]
+    with caplog.at_level("INFO", "h2s"):
+        readable_pairs(pairs_of(("沒", "tea"), ("tea", "沒 空 cat")), bert_tokenizer, 64)
+    # Of a context and replies of one, one, one and three tokens each: 4 + 6.
+    assert caplog.messages == ["the encoder reads 30.0% of the tokens as [UNK] (unknown)"]
+    pairs = pairs_of(*[("沒 空 理 你 " * 3, "不 行 " * 5)] * 5)
+    with pytest.raises(InputError, match=r"reads 92% of the texts' tokens as \[UNK\].* choose another"):  # 22 of 24
+        readable_pairs(pairs, bert_tokenizer, 64)

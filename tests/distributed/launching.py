@@ -12,6 +12,7 @@ from tiny import ROOT
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
+    "PYTHONFAULTHANDLER": "1",  # where an abort was
     "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}",
 }
 

@@ -27,7 +27,7 @@ def updates(gemma_folder, tmp_path_factory):
     for processes, batch in ((1, 8), (2, 4)):
         folders[processes] = tmp_path_factory.mktemp(f"processes-{processes}-")
         done = launch(processes, str(UPDATES), str(gemma_folder), str(folders[processes]), str(batch), "9")
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-8000:]
     return folders
 
 
@@ -67,7 +67,7 @@ def shards(gemma_folder, tmp_path_factory):
         run(sys.executable, str(FSDP2), str(gemma_folder), str(folders[0]), "4"),
         launch(2, str(FSDP2), str(gemma_folder), str(folders[1]), "2", config="fsdp2"),
     ):
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-8000:]
     return folders
 
 
@@ -103,7 +103,7 @@ def compared(policy_adapter, reward_adapter, contexts_file, tmp_path_factory):
     flags += ["--max_completion_length", 6, "--batch_size", 3, "--best_of_n", 2, "--output_dir", out, "--split", "all"]
     for processes in (1, 2):
         done = launch(processes, "recipes/compare.py", *map(str, flags), "--run_name", str(processes))
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-8000:]
     return out
 
 
@@ -124,7 +124,7 @@ def test_comparing_on_two_processes_says_what_one_says(compared):
 def test_converting_on_two_processes_writes_once(gemma_folder, tmp_path):
     flags = ["--model_name_or_path", str(gemma_folder), "--hard_prompt", HARD_PROMPT, "--output_dir", str(tmp_path)]
     done = launch(2, "recipes/convert_prompt.py", *flags)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     (folder,) = tmp_path.iterdir()  # named after the time, the same on both
     assert {"adapter_model.safetensors", "h2s.json", "recipe.yaml", "train.log"} <= {f.name for f in folder.iterdir()}
     log = (folder / "train.log").read_text()
@@ -146,14 +146,14 @@ def test_both_stages_run_on_two_processes(gemma_folder, bert_folder, sheet_file,
     common = ["--output_dir", str(tmp_path), "--report_to", "none", "--disable_tqdm", "true"]
     reward = ["recipes/train_reward.py", "--reward_model_name_or_path", str(bert_folder), "--path", str(sheet_file)]
     done = launch(2, *reward, "--run_name", "reward", "--num_train_epochs", "1", *common)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     assert (tmp_path / "reward" / "adapter_model.safetensors").is_file()
 
     policy = ["recipes/train_policy.py", "--model_name_or_path", str(gemma_folder), "--path", str(contexts_file)]
     policy += ["--hard_prompt", "You are a kind helper.", "--reward_adapter", str(tmp_path / "reward")]
     small = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--max_completion_length", "6"]
     done = launch(2, *policy, "--run_name", "policy", *small, *common)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     names = {f.name for f in (tmp_path / "policy").iterdir()}
     assert {"adapter_model.safetensors", "h2s.json", "recipe.yaml", "train.log", "trainer_state.json"} <= names
     log = (tmp_path / "policy" / "train.log").read_text()

@@ -446,6 +446,6 @@ def test_unknown_tokens_are_counted(bert_tokenizer, caplog):
         readable_pairs(pairs_of(("沒", "tea"), ("tea", "沒 空 cat")), bert_tokenizer, 64)
     # Of a context and replies of one, one, one and three tokens each: 4 + 6.
     assert caplog.messages == ["the encoder reads 30.0% of the tokens as [UNK] (unknown)"]
-    pairs = pairs_of(*[("沒 空 理 你 " * 3, "不 行 " * 5)] * 5)
+    pairs = pairs_of(*[("沒 空 " * 6, "空 沒 " * 5)] * 5)
     with pytest.raises(InputError, match=r"reads 92% of the texts' tokens as \[UNK\].* choose another"):  # 22 of 24
         readable_pairs(pairs, bert_tokenizer, 64)

@@ -21,6 +21,22 @@ LABELS = {
     BOTH_POOR: "both poor",
     TIE: "tie or both good",
 }
+# The same in the words of the blinded sheet's drop-down, by language; A stands for the policy's response.
+VERDICTS = {
+    "en": {
+        POLICY_BETTER: "A is better",
+        REFERENCE_BETTER: "B is better",
+        BOTH_POOR: "both are poor",
+        TIE: "tie or both good",
+    },
+    "zh-TW": {
+        POLICY_BETTER: "A 較好",
+        REFERENCE_BETTER: "B 較好",
+        BOTH_POOR: "兩個都不好",
+        TIE: "平手或兩個都好",
+    },
+}
+LABEL_OF_WORDS = {"".join(words.split()).casefold(): n for v in VERDICTS.values() for n, words in v.items()}
 
 
 def load_contexts(path: str) -> Dataset:
@@ -139,7 +155,7 @@ def read_judgements(path: str, need_direction: bool = True) -> Judgements:
     records = table.loc[:, list(COLUMNS)].itertuples(index=False, name=None)
     for number, (context, policy, reference, label) in enumerate(records, start=first_row(path)):
         try:
-            value = _label(label)
+            value = parse_label(label)
             prompt = _in_column("context_messages", parse_messages, context)
             policy = _in_column("policy_response", _response, policy)
             reference = _in_column("reference_response", _response, reference)
@@ -163,10 +179,18 @@ def _in_column(column: str, read, cell: Any) -> Any:
         raise InputError(f"{column}: {error}") from None
 
 
-def _label(cell: Any) -> int:
+def parse_label(cell: Any) -> int:
+    """A cell of `human_eval` as a label: 0 to 3, or the words of the blinded sheet in any language.
+
+    Raises:
+        InputError: it is neither.
+    """
     text = str(cell).strip().removesuffix(".0")
+    label = LABEL_OF_WORDS.get("".join(text.split()).casefold())
+    if label is not None:
+        return label
     if isinstance(cell, bool) or text not in map(str, LABELS):
-        raise InputError(f"human_eval must be 0, 1, 2 or 3, got {cell!r}")
+        raise InputError(f"human_eval must be 0, 1, 2 or 3, got {cell!r} (or in the words of the blinded sheet)")
     return int(text)
 
 

@@ -158,10 +158,15 @@ def _read_settings(path: Path, fields: dict[str, tuple[str, Any]], parser: _Pars
                 value = _parse_value(parser, key, value, hint)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
-            if key in INPUT_PATHS and isinstance(value, str) and os.path.exists(path.parent / value):
-                value = str(path.parent / value)
+            if key in INPUT_PATHS:
+                value = [_beside(path, v) for v in value] if isinstance(value, list) else _beside(path, value)
             flat[key] = value
     return flat
+
+
+def _beside(recipe: Path, value: Any) -> Any:
+    """A path that is there as seen from the recipe's folder; anything else as it is."""
+    return str(recipe.parent / value) if isinstance(value, str) and os.path.exists(recipe.parent / value) else value
 
 
 def _kinds(hint: Any) -> list[Any]:
@@ -194,7 +199,7 @@ def _parse_value(parser: _Parser, key: str, value: Any, hint: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML that `_StrictSafeLoader` reads: no aliases, enumerations by their value, dataclasses by their fields."""
+    """Safe YAML that `_StrictSafeLoader` reads: no aliases, enumerations by value, dataclasses by their fields."""
 
     def ignore_aliases(self, data):
         return True

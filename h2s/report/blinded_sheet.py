@@ -271,7 +271,7 @@ def _first_sentence(votes: pd.DataFrame) -> str:
     verdict = (
         "People prefer soft" if low > 0.5 else "People prefer hard" if high < 0.5 else "Not shown what people prefer"
     )
-    return f"{verdict}: soft is better in {share_text(wins, conversations)} of the judgements with a direction."
+    return f"{verdict}: of the judgements with a direction soft is better in {share_text(wins, conversations)}."
 
 
 def _counts(votes: pd.DataFrame, sheets: list[str]) -> list[str]:

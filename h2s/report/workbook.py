@@ -12,6 +12,7 @@ from openpyxl.formatting.rule import FormulaRule
 from openpyxl.styles import Alignment, Border, Font, PatternFill, Side
 from openpyxl.utils.escape import unescape
 from openpyxl.worksheet.datavalidation import DataValidation
+from openpyxl.worksheet.dimensions import RowDimension
 
 from h2s.data.datasets import COLUMNS, VERDICTS
 
@@ -104,6 +105,12 @@ def dialogue(messages: list[dict[str, str]], language: str) -> str:
     return "\n".join(WORDS[language].roles[m["role"]] + m["content"] for m in messages)
 
 
+class _FittedRow(RowDimension):
+    """A row whose height is a program's own to change: where openpyxl's are fixed, a sorted text would be cut."""
+
+    customHeight = None
+
+
 def judging_workbook(rows: Sequence[tuple[str, ...]], language: str) -> Workbook:
     """A worksheet to be judged and one of instructions.
 
@@ -130,7 +137,7 @@ def judging_workbook(rows: Sequence[tuple[str, ...]], language: str) -> Workbook
     widths = [_width([texts[place] for texts in rows]) for place in range(3)]
     for number, texts in enumerate(rows, start=2):  # Excel would fit the heights itself, LibreOffice does not
         lines = max(_lines(text, width) for text, width in zip(texts[:3], widths, strict=True))
-        sheet.row_dimensions[number].height = _height(lines)
+        sheet.row_dimensions[number] = _FittedRow(sheet, number, ht=_height(lines))
     for letter, width in zip("ABCDE", (*widths, 18, 18), strict=True):
         sheet.column_dimensions[letter].width = width
     for letter in "FGH":
@@ -151,7 +158,7 @@ def judging_workbook(rows: Sequence[tuple[str, ...]], language: str) -> Workbook
     page.sheet_view.showGridLines = False
     for number, line in enumerate(words.instructions, start=1):
         page.cell(number, 1, line).alignment = Alignment(wrap_text=True, vertical="top")
-        page.row_dimensions[number].height = _height(_lines(line, 100))
+        page.row_dimensions[number] = _FittedRow(page, number, ht=_height(_lines(line, 100)))
     page["A1"].font = BOLD
     return book
 

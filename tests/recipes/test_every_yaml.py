@@ -134,7 +134,7 @@ def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_f
     capsys.readouterr()
     run("compare", "--judged", tmp_path / "c" / "anna.xlsx", tmp_path / "c" / "ben.xlsx")
     first, *_, anna, ben, agreement = capsys.readouterr().out.splitlines()
-    assert first.startswith("Not shown what people prefer: soft is better in 0.")
+    assert first.startswith("Not shown what people prefer: of the judgements with a direction soft is better in 0.")
     assert anna.endswith("anna.xlsx: 8 of 8 rows judged") and ben.endswith("ben.xlsx: 4 of 8 rows judged")
     assert agreement.startswith("- 4 pairs were judged by two people or more, and all say the same of 0 (0.000); ")
     again = ["--reward_model_name_or_path", bert_folder, "--path", tmp_path / "c" / "judged.xlsx",

@@ -225,7 +225,7 @@ def test_verdict_by_hand(judged):
     lines = people_verdict([label(folder, labels)]).splitlines()
     p = 2 * stats.binom.cdf(5, 17, 0.5)
     assert lines[:9] == [
-        f"Not shown what people prefer: soft is better in {wilson(12, 17)} of the judgements with a direction.",
+        f"Not shown what people prefer: of the judgements with a direction soft is better in {wilson(12, 17)}.",
         "",
         "| people's verdict | rows |",
         "|---|---|",
@@ -244,9 +244,13 @@ def test_verdict_by_hand(judged):
 @pytest.mark.parametrize(
     ("soft", "hard", "sentence"),
     [
-        (20, 2, f"People prefer soft: soft is better in {wilson(20, 22)} of"),
-        (2, 20, f"People prefer hard: soft is better in {wilson(2, 22)} of"),
-        (11, 11, f"Not shown what people prefer: soft is better in {wilson(11, 22)} of"),
+        (20, 2, f"People prefer soft: of the judgements with a direction soft is better in {wilson(20, 22)}.\n"),
+        (2, 20, f"People prefer hard: of the judgements with a direction soft is better in {wilson(2, 22)}.\n"),
+        (
+            11,
+            11,
+            f"Not shown what people prefer: of the judgements with a direction soft is better in {wilson(11, 22)}.\n",
+        ),
         (0, 0, "Not shown what people prefer: none of 24 judgements has a direction."),
     ],
 )
@@ -506,9 +510,7 @@ def test_several_people(judged):
     ]
     # 34 of 44, of 17 conversations: not as sure as 44 rows of their own would be.
     right, low, high = 34 / 44, *stats.binomtest(34, 44).proportion_ci(method="wilson")
-    assert f"is better in {right:.3f} [" in lines[0] and lines[0].endswith(
-        "n=44 (17 conversations) of the judgements with a direction."
-    )
+    assert f"is better in {right:.3f} [" in lines[0] and lines[0].endswith("n=44 (17 conversations).")
     ends = [float(n) for n in lines[0].split("[")[1].split("]")[0].split(", ")]
     assert ends[0] < low - 0.02 and ends[1] > high + 0.005
     assert [line for line in lines if "rows judged" in line] == [

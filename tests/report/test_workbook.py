@@ -1,3 +1,6 @@
+import zipfile
+from typing import get_args
+
 import openpyxl
 import pytest
 from hypothesis import given
@@ -6,6 +9,7 @@ from openpyxl.utils.escape import unescape
 
 from h2s.data.datasets import VERDICTS
 from h2s.report.workbook import WORDS, cell_text, dialogue, judging_workbook, plain_text
+from h2s.run.arguments import CompareArguments
 
 
 @pytest.fixture(params=WORDS)
@@ -20,7 +24,8 @@ def book_of(*texts, language="en"):
 
 def test_words_are_there_in_each_language(language):
     words = WORDS[language]
-    assert list(WORDS) == list(VERDICTS) and words.verdicts is VERDICTS[language]
+    assert get_args(CompareArguments.__annotations__["language"]) == tuple(WORDS) == tuple(VERDICTS)
+    assert words.verdicts is VERDICTS[language]
     assert len(words.instructions) == len(WORDS["en"].instructions)
     for verdict in words.verdicts.values():
         assert sum(verdict in line for line in words.instructions) == 1
@@ -50,6 +55,10 @@ def test_what_people_see(language, tmp_path):
         "policy_response",
         "reference_response",
     ]
+    # Not fixed: where rows are sorted, a program fits their heights to them anew.
+    with zipfile.ZipFile(tmp_path / "book.xlsx") as archive:
+        xml = archive.read("xl/worksheets/sheet1.xml").decode()
+    assert xml.count('<row r="4" ht="20">') == 1 and "customHeight" not in xml
     assert [letter for letter in "ABCDEFGH" if sheet.column_dimensions[letter].hidden] == ["F", "G", "H"]
     assert sheet.freeze_panes == "A2" and not sheet.sheet_view.showRowColHeaders
     # Hidden columns too: what is sorted goes with its row.

@@ -26,7 +26,7 @@ SPELT_ESCAPE = re.compile("_(?=x[0-9A-Fa-f]{4}_)")
 CELL = 32_767  # characters; openpyxl cuts what is longer without a word
 LINE, TALLEST = 16, 409  # points: a line of text in any script, the tallest row that Excel shows
 LINES = TALLEST // LINE
-RULE = Border(bottom=Side("thin", "D9D9D9"))
+RULE = Border(bottom=Side("thin", "BFBFBF"))
 BOLD = Font(name="Calibri", size=11, bold=True)
 WIDTHS = (44, 56, 68)  # of a column of texts, in digits: three of the first fit a laptop's screen
 
@@ -148,7 +148,7 @@ def judging_workbook(rows: Sequence[tuple[str, ...]], language: str) -> Workbook
     sheet.auto_filter.ref = f"A1:H{last}"  # so that sorting moves the hidden columns too
     sheet.sheet_view.showRowColHeaders = False  # a program's own column B would be the one under the heading A
     yellow = PatternFill(bgColor="FFF2CC", fill_type="solid")
-    sheet.conditional_formatting.add(to_fill, FormulaRule(formula=["ISBLANK(D2)"], fill=yellow))
+    sheet.conditional_formatting.add(to_fill, FormulaRule(formula=["ISBLANK(D2)"], fill=yellow, border=RULE))
     choices = DataValidation(type="list", formula1=f'"{",".join(words.verdicts.values())}"', allow_blank=True)
     choices.showErrorMessage, choices.errorTitle, choices.error = True, VERDICT, words.choose
     sheet.add_data_validation(choices)

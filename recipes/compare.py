@@ -1,7 +1,7 @@
 """Soft and hard side by side on held-out contexts: scores with intervals, and a blinded sheet for people to judge.
 
 python recipes/compare.py --config recipes/embedded/compare.yaml --policy_adapter outputs/policy
-python recipes/compare.py --judged outputs/compare/blinded.xlsx
+python recipes/compare.py --judged anna.xlsx ben.xlsx
 """
 
 import logging
@@ -26,7 +26,7 @@ def main(run, argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(
         arguments.CompareModelArguments, arguments.CompareDatasetArguments, arguments.CompareArguments, argv
     )
-    if data_args.judged is not None:
+    if data_args.judged:
         print(blinded_sheet.people_verdict(data_args.judged))
         return
 
@@ -66,9 +66,9 @@ def main(run, argv: list[str] | None = None) -> None:
     picture = "\n\n![](differences.png)" if scorers else ""
     (folder / "README.md").write_text(f"# Soft against hard\n\n{text}{picture}\n", encoding="utf-8")
     table.to_parquet(folder / "replies.parquet")
-    sheet, key = blinded_sheet.write_blinded_sheet(table, folder, args.seed)
-    logger.info("to be judged: %s (fill in human_eval); which side is which: %s", sheet, key.name)
-    logger.info("people's verdict, once it is filled in: compare.py --judged %s", sheet)
+    sheet, key, rows = blinded_sheet.write_blinded_sheet(table, folder, args.seed, args.language)
+    logger.info("to be judged: %s (%s); send each person a copy and keep %s: it tells the sides", sheet, rows, key.name)
+    logger.info("people's verdict, once copies are back beside it: compare.py --judged COPY [COPY ...]")
     if data_args.split == "test":
         logger.info("to learn from it, take another split_seed in every recipe: this one holds its contexts out")
 

@@ -43,7 +43,7 @@ class Stored:
 def is_blank(cell: Any) -> bool:
     """Whether a cell shows nothing: missing of every kind, or nothing but white space."""
     if isinstance(cell, Stored):
-        return False
+        cell = cell.value
     if isinstance(cell, str):
         return not INVISIBLE.sub("", cell).strip()
     return cell is None or (not isinstance(cell, (list, dict)) and is_missing(cell))
@@ -116,7 +116,7 @@ def read_label(cell: Any, labels: Mapping[str, int]) -> int:
     text = " ".join(str(value).split()).casefold()
     label = labels.get(text, labels.get(text.removesuffix(".0")))
     if label is None or isinstance(value, bool):
-        raise InputError(f"expected one of {', '.join(labels)}, got {value!r}: labels maps other verdicts")
+        raise InputError(f"expected one of {', '.join(list(labels)[:8])}, got {value!r}: labels maps other verdicts")
     return label
 
 
@@ -129,34 +129,36 @@ def _text(cell: Any, what: str) -> Any:
     if is_blank(cell):
         # A formula is empty until a spreadsheet program has saved its value.
         raise InputError(f"expected {what}, got an empty cell (or an uncomputed formula): give its text")
-    if isinstance(cell, Stored):
-        return _shown(cell)
-    if not isinstance(cell, str):
-        return cell
-    if ERROR.fullmatch(cell.strip()):
-        raise InputError(f"expected {what}, got the error {cell.strip()} of a formula: give its text")
-    if MISSING.fullmatch(cell.strip()):
-        raise InputError(f"expected {what}, got {cell.strip()!r}, as programs write a missing value: give its text")
-    return re.sub(r"\r\n?", "\n", cell)  # Excel ends lines with \n, some of its like with \r\n
+    declared_text = isinstance(cell, Stored) and isinstance(cell.value, str) and cell.number_format == "@"
+    text = _shown(cell) if isinstance(cell, Stored) else cell
+    if not isinstance(text, str):
+        return text
+    if ERROR.fullmatch(text.strip()) and not declared_text:
+        raise InputError(f"expected {what}, got the error {text.strip()} of a formula: give its text")
+    if MISSING.fullmatch(text.strip()) and not declared_text:
+        raise InputError(f"expected {what}, got {text.strip()!r}, as programs write a missing value: give its text")
+    return re.sub(r"\r\n?", "\n", text)  # Excel ends lines with \n, some of its like with \r\n
 
 
 def _shown(cell: Stored) -> Any:
-    """A number as a workbook shows it.
+    """A text or number as a workbook shows it.
 
     Raises:
-        InputError: it shows it rounded, in another form, or as a date.
+        InputError: it shows it rounded, in another form, as nothing.
     """
-    value, plain = cell.value, cell.number_format in ("General", "@", "0")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and plain and abs(value) < 1e11:
+    value, shown_by = cell.value, cell.number_format
+    if isinstance(value, str) and (shown_by == "@" or "@" not in shown_by) and shown_by != ";;;":
+        return value  # formats of numbers leave it alone
+    if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+        return value
+    if not isinstance(value, str) and shown_by in ("General", "@", "0") and abs(value) < 1e11:
         text = f"{value:.11g}"  # General shows about as many digits
         if float(text) == value and "e" not in text:
             return text
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        raise InputError(
-            f"the cell stores {value!r} and shows it otherwise (by its format {cell.number_format!r}): format it as "
-            "text, then write what it shall say"
-        )
-    return value
+    raise InputError(
+        f"the cell stores {value!r} and shows it otherwise (by its format {shown_by!r}): format it as text, then write "
+        "what it shall say"
+    )
 
 
 def _cut(text: str) -> str:

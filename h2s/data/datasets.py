@@ -26,10 +26,26 @@ LABELS = {
     BOTH_POOR: "both poor",
     TIE: "tie or both good",
 }
+# The same in the words of the blinded sheet's drop-down, by language; A stands for the policy's response.
+VERDICTS = {
+    "en": {
+        POLICY_BETTER: "A is better",
+        REFERENCE_BETTER: "B is better",
+        BOTH_POOR: "both are poor",
+        TIE: "tie or both good",
+    },
+    "zh-TW": {
+        POLICY_BETTER: "A 較好",
+        REFERENCE_BETTER: "B 較好",
+        BOTH_POOR: "兩個都不好",
+        TIE: "平手或兩個都好",
+    },
+}
 
 
-# What a sheet's own words for them are taken to mean, where `labels` does not say.
+# What a sheet's verdicts mean where `labels` does not say.
 LABEL_WORDS = {str(label): label for label in LABELS}
+LABEL_WORDS |= {words.casefold(): label for verdicts in VERDICTS.values() for label, words in verdicts.items()}
 
 
 def load_contexts(path: str | Sequence[str]) -> Dataset:

@@ -1,5 +1,6 @@
 """A worksheet's cells as people see them."""
 
+import io
 import logging
 import re
 import warnings
@@ -30,6 +31,10 @@ OTHER_PROGRAMS = {
 STRICT = b"http://purl.oclc.org/ooxml/"
 # A character as OOXML spells one (ECMA-376 part 1, 22.9.2.19): _x000D_ is a carriage return, _x005F_ an underscore.
 ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")
+
+SHARED_TEXTS = "xl/sharedStrings.xml"
+# What openpyxl takes out of shared texts, and the same with a character of nobody's that keeps it from that.
+STRIPPED, KEPT = b"x005F_", "x005\ue000F_".encode()
 
 Grid = dict[int, list[Any]]
 
@@ -75,8 +80,9 @@ def read_worksheet(path: str, sheet: str | None = None) -> Grid:
         InputError: there is no such worksheet, or the file cannot be read.
     """
     check_workbook(Path(path))
+    whole = _unstripped(Path(path))
     with warnings.catch_warnings(action="ignore"):  # openpyxl's, on styles and lists that it leaves out
-        book = load_workbook(path, data_only=True)
+        book = load_workbook(whole, data_only=True)
     visible = [s for s in book.worksheets if s.sheet_state == "visible"]
     names = ", ".join(repr(s.title) + ("" if s in visible else " (hidden)") for s in book.worksheets)
     if sheet is not None:
@@ -92,6 +98,22 @@ def read_worksheet(path: str, sheet: str | None = None) -> Grid:
         left = ", ".join(repr(s.title) + ("" if s in visible else " (hidden)") for s in others)
         logger.warning("%s: the worksheet %r is read, not %s (sheet picks one)", path, chosen.title, left)
     return _cells(path, chosen)
+
+
+def _unstripped(file: Path) -> Path | io.BytesIO:
+    """The file, or a copy in memory whose shared texts openpyxl does not strip of `x005F_`, as it does.
+
+    Without it `_x0041_` would stand for an A and for itself.
+    """
+    with zipfile.ZipFile(file) as parts:
+        if SHARED_TEXTS not in parts.namelist() or STRIPPED not in parts.read(SHARED_TEXTS):
+            return file
+        copy = io.BytesIO()
+        with zipfile.ZipFile(copy, "w") as changed:
+            for name in parts.namelist():
+                content = parts.read(name)
+                changed.writestr(name, content.replace(STRIPPED, KEPT) if name == SHARED_TEXTS else content)
+        return copy
 
 
 def _cells(path: str, sheet: Worksheet) -> Grid:
@@ -113,9 +135,8 @@ def _cells(path: str, sheet: Worksheet) -> Grid:
 def _value(cell: Any) -> Any:
     value, shown_by = cell.value, cell.number_format
     if isinstance(value, str):
-        text = ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), value)
+        text = ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), value.replace(KEPT.decode(), STRIPPED.decode()))
         # Halves of a character, spelt one by one, are that character.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
-        # Another text is shown around it, or nothing.
-        return Stored(text, shown_by) if shown_by == ";;;" or ("@" in shown_by and shown_by != "@") else text
+        return text if shown_by == "General" else Stored(text, shown_by)
     return value if value is None else Stored(value, shown_by)

@@ -1,106 +1,86 @@
 """Soft against hard before people's eyes: a sheet that does not say which side is which, and what they said.
 
-The sheet has the judgement sheet's own columns, so `train_reward.py` reads it once `human_eval` is filled in. The key
-stands in a file of its own: `{"seed", "soft_side", "rows"}`, `soft_side` the column of the soft prompt's reply a row,
-`rows` a digest of each row's texts, so that rows may be sorted or left out.
+People see a conversation, the replies A and B and a drop-down; beside them stand, hidden, the judgement sheet's own
+columns, so `train_reward.py` reads the file as it comes back. The key stands in a file of its own: `{"seed",
+"soft_side", "rows", "identical"}`, `soft_side` the column of the soft prompt's reply a row, `rows` a digest of each
+row's hidden columns (so rows may be sorted or left out, and visible texts written in), `identical` how many contexts
+got twice the same reply and are not in the sheet.
 """
 
 import hashlib
 import json
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from openpyxl import Workbook
-from openpyxl.styles import Alignment, Font
-from openpyxl.worksheet.datavalidation import DataValidation
 
-from h2s.data.datasets import BOTH_POOR, COLUMNS, LABELS, POLICY_BETTER, REFERENCE_BETTER, TIE, read_judgements
+from h2s.data.cells import Stored, is_blank, read_label
+from h2s.data.datasets import BOTH_POOR, LABEL_WORDS, LABELS, POLICY_BETTER, REFERENCE_BETTER, TIE
 from h2s.data.messages import Messages, conversation_id, parse_messages
 from h2s.data.tables import read_table
 from h2s.errors import InputError
-from h2s.report.intervals import share_text, sign_test_text
-
-SHEET, KEY = "blinded.xlsx", "blinded.key.json"
-# What XML cannot hold; openpyxl's own list lacks the last three, and a file that holds them cannot be opened.
-ILLEGAL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-
-
-CELL = 32_767  # characters; openpyxl cuts what is longer without a word
-SIDES = ("policy_response", "reference_response")
-
-
-MEANINGS = {
-    POLICY_BETTER: "the reply in column B (policy_response) is better",
-    REFERENCE_BETTER: "the reply in column C (reference_response) is better",
-    BOTH_POOR: "both are poor",
-    TIE: "both are good, or equally good",
-}
-INSTRUCTIONS = (
-    "How to judge",
-    "Each row of the first sheet is a conversation (column A) and two replies to its last message (columns B and C).",
-    "Read all three, then choose in column D, human_eval:",
-    *(f"{label}  {meaning}" for label, meaning in MEANINGS.items()),
-    "Judge each row by itself and fill in every row. Which column holds whose reply was drawn by chance, row by row.",
-    "Do not change the texts: a row is found again by them. Sorting rows is fine.",
+from h2s.report.agreement import agreement_text
+from h2s.report.intervals import share_interval, share_text, sign_test_text
+from h2s.report.workbook import (
+    CELL,
+    HIDDEN,
+    SIDES,
+    VERDICT,
+    VISIBLE,
+    cell_text,
+    dialogue,
+    escaped,
+    judging_workbook,
+    plain_text,
 )
 
+SHEET, KEY = "blinded.xlsx", "blinded.key.json"
 
-def write_blinded_sheet(table: pd.DataFrame, folder: str | Path, seed: int) -> tuple[Path, Path]:
+
+def write_blinded_sheet(
+    table: pd.DataFrame, folder: str | Path, seed: int, language: str = "en"
+) -> tuple[Path, Path, str]:
     """Write `blinded.xlsx` (first worksheet to be judged, second the instructions) and `blinded.key.json`.
+
+    Contexts that got twice the same reply are left out, for there is nothing to choose; where all did, they are shown.
 
     Args:
         table: a row a context with `prompt` (messages) and the replies `soft` and `hard`.
         folder: where to.
         seed: draws the sides.
+        language: of headings, choices and instructions: one of `workbook.WORDS`.
 
     Returns:
-        The paths of both.
+        The paths of both, and in words how many rows are to be judged.
     """
     sides = random.Random(seed)
-    book = Workbook()
-    sheet = book.active
-    sheet.title = "judgements"
-    sheet.append(list(COLUMNS))
-    soft_sides, digests = [], []
-    for row, (prompt, soft, hard) in enumerate(
-        zip(table["prompt"], table["soft"], table["hard"], strict=True), start=2
-    ):
+    rows = [
+        (prompt, cell_text(soft), cell_text(hard))
+        for prompt, soft, hard in zip(table["prompt"], table["soft"], table["hard"], strict=True)
+    ]
+    different = [row for row in rows if row[1] != row[2]]
+    soft_sides, digests, texts = [], [], []
+    for prompt, soft, hard in different or rows:
         soft_first = sides.random() < 0.5
         soft_sides.append(SIDES[0] if soft_first else SIDES[1])
-        first, second = (soft, hard) if soft_first else (hard, soft)
-        texts = [cell_text(text) for text in (_as_json(prompt), first, second)]
-        digests.append(_digest(texts))
-        for column, text in enumerate(texts, start=1):
-            cell = sheet.cell(row, column, text)
-            # A reply that begins with "=" is text, not a formula.
-            cell.data_type = "s"
-            cell.alignment = Alignment(wrap_text=True, vertical="top")
-    for letter, width in zip("ABCD", (60, 50, 50, 14), strict=True):
-        sheet.column_dimensions[letter].width = width
-        sheet[f"{letter}1"].font = Font(bold=True)
-    sheet.freeze_panes = "A2"
-    choices = DataValidation(type="list", formula1=f'"{",".join(map(str, MEANINGS))}"', allow_blank=True)
-    choices.showErrorMessage = choices.showInputMessage = True
-    choices.errorTitle, choices.error = "human_eval", "Choose 0, 1, 2 or 3."
-    choices.promptTitle = "human_eval"
-    choices.prompt = "0 B is better, 1 C is better, 2 both are poor, 3 tie or both good"
-    sheet.add_data_validation(choices)
-    choices.add(f"D2:D{len(table) + 1}")
-    page = book.create_sheet("instructions")
-    page.column_dimensions["A"].width = 110
-    for line in INSTRUCTIONS:
-        page.append([line])
-    page["A1"].font = Font(bold=True)
+        replies = (soft, hard) if soft_first else (hard, soft)
+        hidden = (cell_text(_as_json(prompt)), *replies)
+        digests.append(_digest(hidden))
+        texts.append((cell_text(dialogue(prompt, language)), *replies, *hidden))
     path, key_path = Path(folder) / SHEET, Path(folder) / KEY
-    book.save(path)
-    key = {"seed": seed, "soft_side": soft_sides, "rows": digests}
+    judging_workbook(texts, language).save(path)
+    identical = len(rows) - len(different)
+    key = {"seed": seed, "soft_side": soft_sides, "rows": digests, "identical": identical if different else 0}
     key_path.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
-    return path, key_path
+    said = f"{len(texts)} rows"
+    if identical:
+        said += f"; {identical} contexts got twice the same reply and are left out"
+    if not different:
+        said = f"{len(texts)} rows, and all of them twice the same reply: there is nothing to choose"
+    return path, key_path, said
 
 
 def check_fits_cells(prompts: Iterable[Messages]) -> None:
@@ -110,7 +90,7 @@ def check_fits_cells(prompts: Iterable[Messages]) -> None:
         InputError: one does not, named by its place from 1.
     """
     for number, prompt in enumerate(prompts, start=1):
-        length = len(_as_json(prompt))
+        length = len(escaped(_as_json(prompt)))
         if length > CELL:
             raise InputError(
                 f"context {number} has {length} characters as JSON, and a cell of the blinded sheet holds {CELL}: "
@@ -118,76 +98,185 @@ def check_fits_cells(prompts: Iterable[Messages]) -> None:
             )
 
 
-def cell_text(text: str) -> str:
-    """Text as a cell can hold it, never empty."""
-    text = ILLEGAL_CHARACTERS.sub("", text)[:CELL]
-    return text if text.strip() else "(no text)"
-
-
 def _as_json(prompt: Messages) -> str:
     return json.dumps(prompt, ensure_ascii=False)
 
 
-def _digest(texts: list[str]) -> str:
-    # Excel ends lines with \n, some of its like with \r\n, and XML cannot tell a lone \r from \n.
-    joined = "\x1f".join(re.sub(r"\r\n?", "\n", text).strip() for text in texts)
-    return hashlib.sha256(joined.encode("utf-8", "replace")).hexdigest()[:16]
+def _digest(texts: Iterable[Any]) -> str:
+    return hashlib.sha256("\x1f".join(map(plain_text, texts)).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def read_key(sheet: str | Path) -> dict[str, Any]:
-    """The key of a blinded sheet: `NAME.key.json` beside `NAME.xlsx`.
+def read_key(path: Path) -> dict[str, Any]:
+    """The key of a blinded sheet.
 
     Raises:
-        InputError: it is missing or is not one.
+        InputError: it cannot be read or is not one.
     """
-    path = Path(sheet).with_suffix(".key.json")
     try:
         key = json.loads(path.read_text(encoding="utf-8"))
-        if len(key["soft_side"]) == len(key["rows"]) and set(key["soft_side"]) <= set(SIDES):
+        sides, rows = key["soft_side"], key["rows"]
+        if len(sides) == len(rows) and set(sides) <= set(SIDES) and all(isinstance(row, str) for row in rows):
             return key
     except OSError as error:
-        raise InputError(f"no key {path} beside {sheet} ({error.strerror}): compare.py wrote both") from error
+        raise InputError(f"the key {path} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise InputError(f"{path} is not the key of a blinded sheet: expected soft_side and rows of equal length")
 
 
-def people_verdict(sheet: str) -> str:
-    """What people said of a filled-in sheet, by its key, as Markdown.
+def people_verdict(sheets: Sequence[str]) -> str:
+    """What people said in filled-in copies of one blinded sheet, by its key, as Markdown.
+
+    Votes on one row and rows of one conversation may depend on one another, so intervals go by conversation.
+
+    Args:
+        sheets: a file a person, of any name. The key is `NAME.key.json` beside `NAME.xlsx`, else the one `*.key.json`
+            beside any of them that has its rows.
 
     Raises:
-        InputError: the sheet is not filled in, or its rows are not those of the key.
+        InputError: no row is judged, a verdict is none of the choices, hidden columns were changed, or there is no
+            one key.
     """
-    key = read_key(sheet)
-    read_judgements(sheet, need_direction=False)  # every row is checked as for training
-    soft_side = dict(zip(key["rows"], key["soft_side"], strict=True))
-    counts: Counter[str] = Counter()
-    wins, conversations = [], []
-    for number, row in read_table(sheet, "a filled-in blinded sheet", COLUMNS).items():
-        *texts, label = (row[column] for column in COLUMNS)
-        label = getattr(label, "value", label)
-        side = soft_side.get(_digest([str(text) for text in texts]))
-        if side is None:
-            raise InputError(f"{sheet}, row {number}: not a row of the key: its texts were changed")
-        label = int(float(label))
-        if texts[1] == texts[2]:
-            winner = LABELS[TIE]  # equal replies: no side is soft's
-        elif label in (POLICY_BETTER, REFERENCE_BETTER):
-            winner = "soft" if SIDES[label] == side else "hard"
-        else:
-            winner = LABELS[label]
-        counts[winner] += 1
-        wins.append({"soft": 1.0, "hard": 0.0}.get(winner, 0.5))
-        conversations.append(conversation_id(parse_messages(str(texts[0]))))
-    lines = ["| people's verdict | rows |", "|---|---|"]
-    lines += [f"| {name} | {counts[name]} |" for name in ("soft", "hard")]
-    lines += [f"| {LABELS[label]} | {counts[LABELS[label]]} |" for label in (TIE, BOTH_POOR)]
-    directional = [(w, c) for w, c in zip(wins, conversations, strict=True) if w != 0.5]
-    if directional:
-        share = share_text(*map(list, zip(*directional, strict=True)))
-        lines.append(f"\nSoft is better in {share} of the rows with a direction.")
-    lines.append(
-        f"\nWith ties and both-poor rows as half: {share_text(wins, conversations)}; "
-        f"{sign_test_text([w - 0.5 for w in wins], conversations)}."
+    if len({Path(sheet).resolve() for sheet in sheets}) < len(sheets):
+        raise InputError(f"one sheet is given twice among {', '.join(sheets)}: its votes would count double")
+    tables = {sheet: _read_sheet(sheet) for sheet in sheets}
+    keys = {sheet: _find_key(sheet, table["digest"], sheets) for sheet, table in tables.items()}
+    key = keys[sheets[0]]
+    for sheet in sheets:
+        if keys[sheet]["rows"] != key["rows"] or keys[sheet]["soft_side"] != key["soft_side"]:
+            raise InputError(f"{sheets[0]} and {sheet} are not copies of one sheet: give those of one at a time")
+        _check_rows(sheet, tables[sheet], key["rows"])
+    rows = pd.concat(tables, names=["sheet"]).reset_index("sheet")
+    votes = rows.dropna(subset="label")
+    if votes.empty:
+        raise InputError(f"{', '.join(sheets)}: no row is judged yet: column {VERDICT} is empty")
+    votes = votes.assign(
+        winner=_winners(votes, dict(zip(key["rows"], key["soft_side"], strict=True))),
+        conversation=[conversation_id(parse_messages(str(context))) for context in votes["context"]],
     )
+    lines = [f"{_first_sentence(votes)}\n", *_counts(votes, list(sheets))]
+    wins, conversations = votes["winner"].map({"soft": 1.0, "hard": 0.0}).fillna(0.5), votes["conversation"]
+    lines.append(
+        f"\nWith ties and both-poor rows as half: {share_text(wins.tolist(), conversations.tolist())}; "
+        f"{sign_test_text((wins - 0.5).tolist(), conversations.tolist())}.\n"
+    )
+    judged = votes["sheet"].value_counts()
+    lines += [f"- {sheet}: {judged.get(sheet, 0)} of {len(key['rows'])} rows judged" for sheet in sheets]
+    if len(sheets) > 1:
+        by_pair = votes.drop_duplicates(["sheet", "digest"]).groupby("digest")["label"]
+        lines.append(f"- {agreement_text(by_pair.apply(list))}")
+    if rows["edited"].any():
+        lines.append(f"- {rows['edited'].sum()} rows had a visible text changed; what counts is the hidden columns'")
+    if key.get("identical"):
+        lines.append(f"- {key['identical']} contexts got twice the same reply and are not in the sheet")
     return "\n".join(lines)
+
+
+def _read_sheet(sheet: str) -> pd.DataFrame:
+    """A row a pair: `row` (its number in the file), `digest`, `context`, `label` (or None); what holds of its replies.
+
+    That is `equal`, `edited` (what is seen is not what is hidden) and `moved` (it is the text of another place).
+    """
+    table = {
+        number: {name: cell.value if isinstance(cell, Stored) else cell for name, cell in row.items()}
+        for number, row in read_table(sheet, "a filled-in copy of compare.py's sheet", (*HIDDEN, VERDICT)).items()
+    }
+    replies = {plain_text(cells[side]) for cells in table.values() for side in SIDES}
+    rows = []
+    for number, cells in table.items():
+        own = [plain_text(cells[side]) for side in SIDES]
+        # A sheet that was made by hand may have no more than the columns that count.
+        shown = [plain_text(cells.get(name, text)) for name, text in zip(VISIBLE, own, strict=True)]
+        changed = [text for text, was in zip(shown, own, strict=True) if text != was]
+        try:
+            label = None if is_blank(cells[VERDICT]) else read_label(cells[VERDICT], LABEL_WORDS)
+        except InputError as error:
+            raise InputError(f"{sheet}, row {number}, {VERDICT}: {error}") from None
+        digest = _digest(cells[name] for name in HIDDEN)
+        moved = not replies.isdisjoint(changed)
+        rows.append((number, digest, cells[HIDDEN[0]], label, own[0] == own[1], bool(changed), moved))
+    return pd.DataFrame(rows, columns=["row", "digest", "context", "label", "equal", "edited", "moved"])
+
+
+def _find_key(sheet: str, digests: Iterable[str], sheets: Sequence[str]) -> dict[str, Any]:
+    """The key of a sheet.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    own = Path(sheet).with_suffix(".key.json")
+    if own.is_file():
+        return read_key(own)
+    folders = dict.fromkeys(Path(s).parent for s in (sheet, *sheets))
+    found: dict[Path, dict[str, Any]] = {}
+    for path in (p for folder in folders for p in sorted(folder.glob("*.key.json"))):
+        key = read_key(path)
+        if not set(key["rows"]).isdisjoint(digests) and key not in found.values():
+            found[path] = key
+    if len(found) == 1:
+        return next(iter(found.values()))
+    which = ", ".join(map(str, found)) if found else "none"
+    raise InputError(
+        f"no key {own}, and of the *.key.json beside the sheets {which} have rows of {sheet}: "
+        f"put the {KEY} that compare.py wrote with it there under that name"
+    )
+
+
+def _check_rows(sheet: str, table: pd.DataFrame, rows: Sequence[str]) -> None:
+    """Check that each row is one of the key's, stands there once, and shows what its hidden columns say.
+
+    Raises:
+        InputError: a row does not.
+    """
+    left = Counter(rows)
+    for number, digest, moved in zip(table["row"], table["digest"], table["moved"], strict=True):
+        if digest not in left:
+            raise InputError(
+                f"{sheet}, row {number}: not a row of the key: its hidden columns {', '.join(HIDDEN)} were changed; "
+                "copy them from the sheet that compare.py wrote"
+            )
+        left[digest] -= 1
+        if left[digest] < 0:
+            raise InputError(f"{sheet}, row {number}: this pair stands there twice: delete one of the two rows")
+        if moved:
+            raise InputError(
+                f"{sheet}, row {number}: under A or B stands the text of another place: the visible columns were moved "
+                "without the hidden ones, so nobody knows what was judged; judge a fresh copy"
+            )
+
+
+def _winners(votes: pd.DataFrame, soft_side: dict[str, str]) -> list[str]:
+    winners = []
+    for digest, label, equal in zip(votes["digest"], votes["label"].astype(int), votes["equal"], strict=True):
+        if equal:
+            winners.append(LABELS[TIE])  # no side is soft's
+        elif label in (POLICY_BETTER, REFERENCE_BETTER):
+            winners.append("soft" if SIDES[label] == soft_side[digest] else "hard")
+        else:
+            winners.append(LABELS[label])
+    return winners
+
+
+def _first_sentence(votes: pd.DataFrame) -> str:
+    directional = votes[votes["winner"].isin(["soft", "hard"])]
+    if directional.empty:
+        return f"Not shown what people prefer: none of {len(votes)} judgements has a direction."
+    wins = (directional["winner"] == "soft").astype(float).tolist()
+    conversations = directional["conversation"].tolist()
+    _, low, high = share_interval(wins, conversations)
+    verdict = (
+        "People prefer soft" if low > 0.5 else "People prefer hard" if high < 0.5 else "Not shown what people prefer"
+    )
+    return f"{verdict}: of the judgements with a direction soft is better in {share_text(wins, conversations)}."
+
+
+def _counts(votes: pd.DataFrame, sheets: list[str]) -> list[str]:
+    """A table of who said what how often."""
+    names = ["soft", "hard", LABELS[TIE], LABELS[BOTH_POOR]]
+    counts = pd.crosstab(votes["winner"], votes["sheet"]).reindex(index=names, columns=sheets, fill_value=0)
+    if len(sheets) > 1:
+        counts["all"] = counts.sum(axis=1)
+    else:
+        counts.columns = ["rows"]
+    lines = [f"| people's verdict | {' | '.join(counts.columns)} |", "|---" * (counts.shape[1] + 1) + "|"]
+    return lines + [f"| {name} | {' | '.join(map(str, row))} |" for name, row in zip(names, counts.values, strict=True)]

@@ -144,7 +144,13 @@ class CompareDatasetArguments(DatasetArguments):
     """The contexts and which of them are compared; or a sheet that people have filled in."""
 
     split: Literal["test", "all"] = _setting("The held-out part, or all; of both what no model has seen.", "test")
-    judged: str | None = _setting("A blinded sheet of this recipe's, filled in: report people's verdict, run nothing.")
+    judged: list[str] | None | str = _setting(
+        "Copies of a blinded sheet, filled in: report people's verdict, run nothing."
+    )
+
+    def __post_init__(self):
+        if isinstance(self.judged, str):
+            self.judged = [self.judged]
 
     def which_contexts(self) -> str:
         """What is compared, in words."""
@@ -199,9 +205,10 @@ class GenerateArguments(RunArguments):
 
 @dataclass
 class CompareArguments(GenerateArguments):
-    """How replies are drawn, and how many the hard prompt may choose from."""
+    """How replies are drawn, how many the hard prompt may choose from, and the language of those who judge."""
 
     best_of_n: int = _setting("Replies of the hard prompt to draw for the best-of-n yardstick; 0: none.", 8)
+    language: Literal["en", "zh-TW"] = _setting("Of the blinded sheet: headings, choices, instructions.", "en")
 
     def __post_init__(self):
         super().__post_init__()

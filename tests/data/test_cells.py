@@ -53,6 +53,14 @@ def test_errors_of_formulas(cell):
             read(cell)
 
 
+@pytest.mark.parametrize("text", ["#N/A", "None", "nan"])
+def test_a_cell_that_is_formatted_as_text_holds_a_text(text):
+    assert read_reply(Stored(text, "@")) == text
+    assert is_blank(Stored(" ", "@"))
+    with pytest.raises(InputError):
+        read_reply(Stored(text, "General"))
+
+
 @pytest.mark.parametrize(
     ("value", "number_format", "shown"),
     [

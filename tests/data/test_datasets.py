@@ -205,7 +205,22 @@ def test_forms_of_a_label(tmp_path, label):
     assert read_judgements(write_sheet(tmp_path, [[*ROW[:3], label]])).counts == {0: 1}
 
 
-@pytest.mark.parametrize("label", [4, -1, 0.5, 1.5, "policy", False, True, "NA", "1, 2"])
+@pytest.mark.parametrize(
+    ("label", "number"),
+    [
+        ("A is better", 0),
+        (" b IS\tbetter ", 1),
+        ("both are poor", 2),
+        ("tie or both good", 3),
+        ("A 較好", 0),
+        ("平手或兩個都好\u3000", 3),
+    ],
+)
+def test_words_of_the_blinded_sheet_are_labels(tmp_path, label, number):
+    assert read_judgements(write_sheet(tmp_path, [ROW, [*ROW[:3], label]])).counts[number] == 1 + (ROW[3] == number)
+
+
+@pytest.mark.parametrize("label", ["A", "tie", 4, -1, 0.5, 1.5, "policy", False, True, "NA", "1, 2"])
 def test_labels_that_are_none(tmp_path, label):
     path = write_sheet(tmp_path, [ROW, ROW, [*ROW[:3], label], ROW])
     with pytest.raises(InputError, match=r"sheet\.xlsx, row 4, human_eval: expected .*, got"):

@@ -43,10 +43,12 @@ def test_values_that_may_be_shown_otherwise_carry_their_format(tmp_path):
     book, path = save(tmp_path, ["text", 0.5, 7, True])
     book.active["B1"].number_format = "0%"
     book.active["A2"], book.active["A2"].number_format = "hidden", ";;;"
+    book.active["B2"], book.active["B2"].number_format = "#N/A", "@"
+    book.active["B2"].data_type = "s"
     book.save(path)
     first, second = read_worksheet(path).values()
     assert first == ["text", Stored(0.5, "0%"), Stored(7, "General"), Stored(True, "General")]
-    assert second[0] == Stored("hidden", ";;;")
+    assert second[:2] == [Stored("hidden", ";;;"), Stored("#N/A", "@")]
 
 
 @pytest.mark.parametrize(
@@ -153,3 +155,38 @@ def test_what_openpyxl_cannot_read_names_a_remedy(tmp_path):
 @pytest.fixture(autouse=True)
 def _heard(caplog):
     caplog.set_level(logging.INFO, "h2s")
+
+
+def test_escapes_of_shared_texts(tmp_path):
+    """As Excel and LibreOffice store them; openpyxl itself writes a text into its cell."""
+    stored = ["_x005F_x0041_", "_x0041_", "_x005F_x005F_", "a_x000D_b", "plain"]
+    book, path = save(tmp_path, stored)
+    book.save(path)
+    texts = "".join(f"<si><t>{text}</t></si>" for text in stored)
+    kind = "application/vnd.openxmlformats-officedocument.spreadsheetml.sharedStrings+xml"
+    link = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/sharedStrings"
+
+    def share(name, content):
+        text = content.decode() if name.endswith((".xml", ".rels")) else ""
+        if name.endswith("sheet1.xml"):
+            for number, value in enumerate(stored):
+                text = re.sub(rf't="inlineStr"><is><t[^>]*>{value}</t></is>', f't="s"><v>{number}</v>', text)
+            assert "inlineStr" not in text
+        if name == "[Content_Types].xml" and kind not in text:
+            text = text.replace(
+                "</Types>", f'<Override PartName="/xl/sharedStrings.xml" ContentType="{kind}"/></Types>'
+            )
+        if name.endswith("workbook.xml.rels") and link not in text:
+            shared = f'<Relationship Id="rId99" Type="{link}" Target="sharedStrings.xml"/></Relationships>'
+            text = text.replace("</Relationships>", shared)
+        return text.encode() if text else content
+
+    changed(path, share)
+    with zipfile.ZipFile(path) as archive:
+        parts = {n: archive.read(n) for n in archive.namelist() if n != "xl/sharedStrings.xml"}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+        main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+        archive.writestr("xl/sharedStrings.xml", f'<sst xmlns="{main}">{texts}</sst>')
+    assert read_worksheet(path) == {1: ["_x0041_", "A", "_x005F_", "a\rb", "plain"]}

@@ -117,19 +117,28 @@ def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_f
 
     trained = shutil.copytree(policy_adapter, tmp_path / "trained")
     weights = load_file(trained / "adapter_model.safetensors")
-    # An untrained one answers as the hard prompt does, and two identical replies teach nothing.
-    save_file({k: w + torch.randn(w.shape) for k, w in weights.items()}, trained / "adapter_model.safetensors")
+    torch.manual_seed(0)
+    # An untrained one answers as the hard prompt does, and two identical replies are left out of the sheet.
+    save_file({k: w + 10 * torch.randn(w.shape) for k, w in weights.items()}, trained / "adapter_model.safetensors")
     run("compare", "--policy_adapter", trained, "--path", assistant_first,
-        "--max_completion_length", 6, "--temperature", 1, "--output_dir", tmp_path, "--run_name", "c")  # fmt: skip
+        "--max_completion_length", 16, "--temperature", 1, "--language", "zh-TW",
+        "--output_dir", tmp_path, "--run_name", "c")  # fmt: skip
     (sheet,) = (tmp_path / "c").glob("*.xlsx")
     with pytest.raises(InputError, match="human_eval"):
         load_preferences(str(sheet))
     book = openpyxl.load_workbook(sheet)
-    for row in range(2, book.worksheets[0].max_row + 1):
-        book.worksheets[0].cell(row, 4, row % 2)
-    book.save(tmp_path / "judged.xlsx")
-    again = ["--reward_model_name_or_path", bert_folder, "--path", tmp_path / "judged.xlsx", "--report_to", "none",
-             "--num_train_epochs", 1, "--output_dir", tmp_path, "--run_name", "r2"]  # fmt: skip
+    for name, verdicts in (("anna", ("A 較好", "B 較好")), ("ben", ("兩個都不好", None)), ("judged", (0, 1))):
+        for row in range(2, book.worksheets[0].max_row + 1):
+            book.worksheets[0].cell(row, 4).value = verdicts[row % 2]
+        book.save(tmp_path / "c" / f"{name}.xlsx")
+    capsys.readouterr()
+    run("compare", "--judged", tmp_path / "c" / "anna.xlsx", tmp_path / "c" / "ben.xlsx")
+    first, *_, anna, ben, agreement = capsys.readouterr().out.splitlines()
+    assert first.startswith("Not shown what people prefer: of the judgements with a direction soft is better in 0.")
+    assert anna.endswith("anna.xlsx: 8 of 8 rows judged") and ben.endswith("ben.xlsx: 4 of 8 rows judged")
+    assert agreement.startswith("- 4 pairs were judged by two people or more, and all say the same of 0 (0.000); ")
+    again = ["--reward_model_name_or_path", bert_folder, "--path", tmp_path / "c" / "judged.xlsx",
+             "--report_to", "none", "--num_train_epochs", 1, "--output_dir", tmp_path, "--run_name", "r2"]  # fmt: skip
     with pytest.raises(SystemExit):
         run("train_reward", *again)
     assert "8 conversations found, all held out by test_size 0.2 and split_seed 42" in capsys.readouterr().err

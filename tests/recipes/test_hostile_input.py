@@ -7,6 +7,7 @@ import ast
 import datetime
 import json
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -590,8 +591,9 @@ def test_odd_contexts_come_through_to_the_blinded_sheet(recipes, write_recipe_of
     assert [list(p) for p in table["prompt"]] == [message(text) for text in ODD.values()]
     first = openpyxl.load_workbook(tmp_path / "outputs" / "odd" / "blinded.xlsx").worksheets[0]
     rows = list(first.iter_rows(min_row=2))
-    assert [json.loads(row[0].value) for row in rows] == [message(text) for text in ODD.values()]
-    assert {cell.data_type for row in rows for cell in row[:3]} == {"s"}
+    assert [json.loads(row[5].value) for row in rows] == [message(text) for text in ODD.values()]
+    assert rows[0][0].value == f"User: {next(iter(ODD.values()))}"
+    assert {cell.data_type for row in rows for cell in (*row[:3], *row[5:])} == {"s"}
 
 
 @pytest.mark.parametrize("reply", [CALC, "=1+1", "+1", "@SUM(A1)", "#REF!", "-2+3"])
@@ -601,10 +603,10 @@ def test_reply_like_a_formula_is_text_in_the_blinded_sheet(recipes, write_recipe
     recipes["compare"].main(["--config", str(config), "--split", "all", "--run_name", "calc"])
     sheet_file = tmp_path / "outputs" / "calc" / "blinded.xlsx"
     cells = openpyxl.load_workbook(sheet_file).worksheets[0][2]
-    assert [(c.value, c.data_type) for c in cells[1:3]] == [(reply, "s")] * 2
+    assert [(c.value, c.data_type) for c in (*cells[1:3], *cells[6:])] == [(reply, "s")] * 4
     with zipfile.ZipFile(sheet_file) as archive:
         xml = archive.read("xl/worksheets/sheet1.xml").decode()
-    assert "<f>" not in xml and "<f " not in xml
+    assert re.findall("<f[ >].*?</f>", xml) == ['<f>"left to judge: "&amp;COUNTBLANK(D2:D2)</f>']
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-import csv
 import json
 import random
+import re
 import shutil
 import subprocess
 import zipfile
@@ -8,12 +8,13 @@ import zipfile
 import openpyxl
 import pandas as pd
 import pytest
+from openpyxl.utils.escape import unescape
 from scipy import stats
 from tiny import sample_context
 
-from h2s.data.datasets import COLUMNS, read_judgements
+from h2s.data.datasets import COLUMNS, VERDICTS, read_judgements
 from h2s.errors import InputError
-from h2s.report.blinded_sheet import INSTRUCTIONS, KEY, SHEET, check_fits_cells, people_verdict, write_blinded_sheet
+from h2s.report.blinded_sheet import KEY, SHEET, check_fits_cells, people_verdict, write_blinded_sheet
 
 TRICKY = [
     "plain",
@@ -29,6 +30,7 @@ TRICKY = [
     "quotes \" and ' and, commas",
     "#N/A",
 ]
+ESCAPES = ["item_x0041_7", "_x005F_x0041_", "a_x000D_\nb", "caf_x00e9_x00e9_"]
 
 
 @pytest.fixture
@@ -45,37 +47,75 @@ def read_key(folder):
     return json.loads((folder / KEY).read_text(encoding="utf-8"))
 
 
+def read_hidden(folder):
+    """The judgement sheet's columns, as every reader finds them: by name."""
+    frame = pd.read_excel(folder / SHEET, dtype=object, keep_default_na=False)
+    return frame.loc[:, list(COLUMNS)]
+
+
 def test_blinded_sheet_reads_back_as_it_was(replies, tmp_path):
-    write_blinded_sheet(replies, tmp_path, seed=3)
-    sheet = openpyxl.load_workbook(tmp_path / SHEET).worksheets[0]
-    rows = list(sheet.iter_rows(values_only=False))
-    assert (
-        [c.value for c in rows[0]]
-        == list(COLUMNS)
-        == [
-            "context_messages",
-            "policy_response",
-            "reference_response",
-            "human_eval",
-        ]
-    )
-    assert len(rows) == len(replies) + 1
+    path, key, said = write_blinded_sheet(replies, tmp_path, seed=3)
+    assert (path, key, said) == (tmp_path / SHEET, tmp_path / KEY, "24 rows")
+    sheet = openpyxl.load_workbook(path).worksheets[0]
+    rows = list(sheet.iter_rows(min_row=2))
+    assert len(rows) == len(replies)
     sides = read_key(tmp_path)["soft_side"]
-    for cells, (_, reply), side in zip(rows[1:], replies.iterrows(), sides, strict=True):
-        # Text, whatever it looks like: neither formulas nor numbers.
-        assert [c.data_type for c in cells[:3]] == ["s", "s", "s"]
-        assert json.loads(cells[0].value) == reply["prompt"]
+    for cells, (_, reply), side in zip(rows, replies.iterrows(), sides, strict=True):
+        # Text, whatever it looks like: neither formulas nor numbers, also when someone edits it.
+        texts = [*cells[:3], *cells[5:]]
+        assert {(c.data_type, c.number_format) for c in texts} == {("s", "@")}
+        assert json.loads(cells[5].value) == reply["prompt"]
+        said = [("User: " if m["role"] == "user" else "Assistant: ") + m["content"] for m in reply["prompt"]]
+        assert cells[0].value == "\n".join(said)
         soft, hard = (1, 2) if side == "policy_response" else (2, 1)
-        assert (cells[soft].value, cells[hard].value) == (reply["soft"], reply["hard"])
-        assert cells[3].value is None
+        for first in (0, 5):
+            assert (cells[first + soft].value, cells[first + hard].value) == (reply["soft"], reply["hard"])
+        assert cells[3].value is cells[4].value is None
 
 
-def test_no_formula_is_in_the_file(replies, tmp_path):
+def test_only_formula_is_what_is_left(replies, tmp_path):
     """In the file's own XML, as a spreadsheet program would read it."""
     write_blinded_sheet(replies, tmp_path, seed=3)
     with zipfile.ZipFile(tmp_path / SHEET) as archive:
         xml = archive.read("xl/worksheets/sheet1.xml").decode()
-    assert "<f>" not in xml and "<f " not in xml
+    assert xml.count("<f>") == xml.count("<f") - xml.count("<formula") == 1
+    assert '"left to judge: "&amp;COUNTBLANK(D2:D25)</f>' in xml
+
+
+def test_same_replies_are_left_out_and_counted(tmp_path):
+    """Compared as the cells show them."""
+    prompts = [sample_context(i) for i in range(4)]
+    table = pd.DataFrame({"prompt": prompts, "soft": ["a", "b", "\x07", "c"], "hard": ["a", "B", "", "d"]})
+    *_, said = write_blinded_sheet(table, tmp_path, seed=0)
+    assert said == "2 rows; 2 contexts got twice the same reply and are left out"
+    key = read_key(tmp_path)
+    assert key["identical"] == 2 and len(key["rows"]) == len(key["soft_side"]) == 2
+    frame = read_hidden(tmp_path)
+    assert [json.loads(cell) for cell in frame["context_messages"]] == [prompts[1], prompts[3]]
+    label(tmp_path, [3, 3])
+    assert people_verdict([str(tmp_path / SHEET)]).endswith(
+        "- 2 contexts got twice the same reply and are not in the sheet"
+    )
+
+
+def test_sheet_of_the_same_replies_alone_shows_them(tmp_path):
+    """That of a prefix that was not trained: better than an empty page."""
+    table = pd.DataFrame({"prompt": [sample_context(i) for i in range(3)], "soft": "a", "hard": "a"})
+    *_, said = write_blinded_sheet(table, tmp_path, seed=0)
+    assert said == "3 rows, and all of them twice the same reply: there is nothing to choose"
+    assert len(read_hidden(tmp_path)) == 3 and read_key(tmp_path)["identical"] == 0
+
+
+@pytest.mark.parametrize("text", ESCAPES)
+def test_text_that_spells_an_escape_is_stored_escaped(text, tmp_path):
+    """What every program shows is the text itself; by hand for one of them."""
+    context = [{"role": "user", "content": text}]
+    write_blinded_sheet(pd.DataFrame({"prompt": [context], "soft": [text], "hard": ["no"]}), tmp_path, seed=0)
+    stored = read_hidden(tmp_path).iloc[0]
+    if text == "item_x0041_7":
+        assert "item_x005F_x0041_7" in set(stored)
+    shown = [re.sub("_x([0-9A-Fa-f]{4})_", lambda m: chr(int(m[1], 16)), str(cell)) for cell in stored[:3]]
+    assert text in shown and json.loads(shown[0]) == context
 
 
 def test_control_characters_are_dropped(tmp_path):
@@ -92,28 +132,6 @@ def test_control_characters_are_dropped(tmp_path):
     texts = {frame["policy_response"][0], frame["reference_response"][0]}
     assert texts == {"abc", "(no text)"}
     assert {frame["policy_response"][1], frame["reference_response"][1]} == {"(no text)", "fine\n"}
-
-
-def test_drop_down_is_on_the_cells_to_fill_in(replies, tmp_path):
-    write_blinded_sheet(replies, tmp_path, seed=3)
-    first, second = openpyxl.load_workbook(tmp_path / SHEET).worksheets
-    (choices,) = first.data_validations.dataValidation
-    assert str(choices.sqref) == f"D2:D{len(replies) + 1}" == f"D2:D{first.max_row}"
-    assert (choices.type, choices.formula1) == ("list", '"0,1,2,3"')
-    # Set, the attribute hides the arrow.
-    assert choices.showErrorMessage and not choices.showDropDown
-    assert not second.data_validations.dataValidation
-
-
-def test_instructions_stand_second(replies, tmp_path):
-    """Readers of tables take the first worksheet, so the second disturbs none."""
-    write_blinded_sheet(replies, tmp_path, seed=3)
-    book = openpyxl.load_workbook(tmp_path / SHEET)
-    assert book.sheetnames == ["judgements", "instructions"] and book.active.title == "judgements"
-    lines = [row[0] for row in book["instructions"].iter_rows(values_only=True)]
-    assert lines == list(INSTRUCTIONS)
-    for label, word in enumerate(("column B (policy_response) is", "column C (reference_response) is", "poor", "good")):
-        assert any(line.startswith(f"{label} ") and word in line for line in lines)
 
 
 def test_sides_are_drawn_with_the_seed(replies, tmp_path):
@@ -140,16 +158,33 @@ def test_sheet_itself_does_not_tell_the_sides(replies, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([SHEET, KEY])
 
 
-def test_filled_sheet_is_read_and_the_better_side_is_chosen(replies, tmp_path):
-    """A judge who always prefers what the soft prompt said, with some rows left without a direction."""
-    write_blinded_sheet(replies, tmp_path, seed=3)
+def label(folder, labels, name=SHEET, order=None, change=None):
+    """Fill in a copy by row as written; then reorder the rows, or leave some out, as a person may."""
+    book = openpyxl.load_workbook(folder / SHEET)
+    sheet = book.worksheets[0]
+    rows = [[c.value for c in row] for row in sheet.iter_rows(min_row=2)]
+    for row, verdict in zip(rows, labels, strict=True):
+        row[3] = verdict
+    if change:
+        change(rows)
+    sheet.delete_rows(2, len(rows))
+    for number, row in enumerate([rows[i] for i in order] if order is not None else rows, start=2):
+        for column, value in enumerate(row, start=1):
+            cell = sheet.cell(number, column, value)
+            if column != 4 and value is not None:
+                cell.data_type, cell.number_format = "s", "@"  # as it was written
+    book.save(folder / name)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("language", VERDICTS)
+def test_filled_sheet_is_read_and_the_better_side_is_chosen(replies, tmp_path, language):
+    """As it comes back, by the words; a judge who always prefers what the soft prompt said, two rows set aside."""
+    write_blinded_sheet(replies, tmp_path, seed=3, language=language)
     sides = read_key(tmp_path)["soft_side"]
-    book = openpyxl.load_workbook(tmp_path / SHEET)
     labels = [0 if side == "policy_response" else 1 for side in sides]
     labels[4], labels[5] = 2, 3
-    for row, label in enumerate(labels, start=2):
-        book.active.cell(row, 4, label)
-    book.save(tmp_path / "filled.xlsx")
+    label(tmp_path, [VERDICTS[language][n] for n in labels], "filled.xlsx")
     judgements = read_judgements(str(tmp_path / "filled.xlsx"))
     assert judgements.counts[2] == judgements.counts[3] == 1
     kept = [i for i in range(len(replies)) if i not in (4, 5)]
@@ -164,31 +199,18 @@ def test_filled_sheet_is_read_and_the_better_side_is_chosen(replies, tmp_path):
 # What people said
 
 
-def fill(folder, labels, order=None, change=None, name=SHEET):
-    """Fill in by row as written; then reorder the rows, or leave some out, as a person may."""
-    book = openpyxl.load_workbook(folder / SHEET)
-    rows = [[c.value for c in row[:3]] + [label] for row, label in zip(book.active["A2:D99"], labels, strict=False)]
-    if change:
-        change(rows)
-    book.active.delete_rows(2, len(rows))
-    for number, row in enumerate([rows[i] for i in order] if order is not None else rows, start=2):
-        for column, value in enumerate(row, start=1):
-            book.active.cell(number, column, value).data_type = "n" if column == 4 else "s"
-    book.save(folder / name)
-    return str(folder / name)
+def labels_of(folder, opinions):
+    """soft and hard as the labels of this key's sheet; others, and None, as they are."""
+    sides = read_key(folder)["soft_side"]
+    first = {"soft": "policy_response", "hard": "reference_response"}
+    return [int(side != first[o]) if o in first else o for o, side in zip(opinions, sides, strict=True)]
 
 
 @pytest.fixture
 def judged(replies, tmp_path):
     """24 rows, written; and the labels of a judge who says soft 12 times, hard 5, both poor 4, tie 3."""
     write_blinded_sheet(replies, tmp_path, seed=3)
-    opinions = ["soft"] * 12 + ["hard"] * 5 + [2] * 4 + [3] * 3
-    sides = read_key(tmp_path)["soft_side"]
-    labels = [
-        o if isinstance(o, int) else (side == "policy_response") == (o == "hard")
-        for o, side in zip(opinions, sides, strict=True)
-    ]
-    return tmp_path, [int(label) for label in labels]
+    return tmp_path, labels_of(tmp_path, ["soft"] * 12 + ["hard"] * 5 + [2] * 4 + [3] * 3)
 
 
 def wilson(right, rows):
@@ -200,9 +222,11 @@ def wilson(right, rows):
 def test_verdict_by_hand(judged):
     """Each row is a conversation, so the share with a direction is Wilson's of 12 of 17."""
     folder, labels = judged
-    lines = people_verdict(fill(folder, labels)).splitlines()
+    lines = people_verdict([label(folder, labels)]).splitlines()
     p = 2 * stats.binom.cdf(5, 17, 0.5)
     assert lines[:9] == [
+        f"Not shown what people prefer: of the judgements with a direction soft is better in {wilson(12, 17)}.",
+        "",
         "| people's verdict | rows |",
         "|---|---|",
         "| soft | 12 |",
@@ -210,23 +234,40 @@ def test_verdict_by_hand(judged):
         "| tie or both good | 3 |",
         "| both poor | 4 |",
         "",
-        f"Soft is better in {wilson(12, 17)} of the rows with a direction.",
-        "",
     ]
     # 12 and 7 halves of 24 rows.
-    assert len(lines) == 10 and lines[9].startswith("With ties and both-poor rows as half: 0.646 [")
+    assert lines[9].startswith("With ties and both-poor rows as half: 0.646 [")
     assert lines[9].endswith(f"n=24 (24 conversations); exact sign test p = {p:.3g}.")
+    assert lines[10:] == ["", f"- {folder / SHEET}: 24 of 24 rows judged"]
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "sentence"),
+    [
+        (20, 2, f"People prefer soft: of the judgements with a direction soft is better in {wilson(20, 22)}.\n"),
+        (2, 20, f"People prefer hard: of the judgements with a direction soft is better in {wilson(2, 22)}.\n"),
+        (
+            11,
+            11,
+            f"Not shown what people prefer: of the judgements with a direction soft is better in {wilson(11, 22)}.\n",
+        ),
+        (0, 0, "Not shown what people prefer: none of 24 judgements has a direction."),
+    ],
+)
+def test_first_sentence_says_what_came_out(judged, soft, hard, sentence):
+    folder, _ = judged
+    labels = labels_of(folder, ["soft"] * soft + ["hard"] * hard + [3] * (24 - soft - hard))
+    assert people_verdict([label(folder, labels)]).startswith(sentence)
 
 
 def test_rows_of_one_conversation_are_counted_once(replies, tmp_path):
     """24 rows of two conversations, all for soft: as sure as two rows, not as 24."""
     replies["prompt"] = [sample_context(i % 2) for i in range(len(replies))]
     write_blinded_sheet(replies, tmp_path, seed=3)
-    labels = [int(side == "reference_response") for side in read_key(tmp_path)["soft_side"]]
-    verdict = people_verdict(fill(tmp_path, labels))
+    verdict = people_verdict([label(tmp_path, labels_of(tmp_path, ["soft"] * 24))])
     # 2 / (2 + t^2), t being 12.706: of two conversations, 1 degree of freedom.
-    assert "1.000 [0.012, 1.000], n=24 (2 conversations)" in verdict and "| soft | 24 |" in verdict
-    assert verdict.endswith("exact sign test over conversations p = 0.5.")
+    assert "Not shown" in verdict and "1.000 [0.012, 1.000], n=24 (2 conversations)" in verdict
+    assert "| soft | 24 |" in verdict and "exact sign test over conversations p = 0.5." in verdict
 
 
 def test_equal_replies_are_ties_whatever_is_said(replies, tmp_path):
@@ -234,80 +275,147 @@ def test_equal_replies_are_ties_whatever_is_said(replies, tmp_path):
     replies["prompt"] = [sample_context(i // 2) for i in range(len(replies))]
     replies["hard"] = replies["soft"] = [f"the same {i // 2}" for i in range(len(replies))]
     write_blinded_sheet(replies, tmp_path, seed=3)
-    verdict = people_verdict(fill(tmp_path, [0] * 12 + [1] * 12))
-    assert "| soft | 0 |\n| hard | 0 |\n| tie or both good | 24 |" in verdict and verdict.endswith(
-        "sign test over conversations p = 1."
-    )
+    verdict = people_verdict([label(tmp_path, [0] * 12 + [1] * 12)])
+    assert "| soft | 0 |\n| hard | 0 |\n| tie or both good | 24 |" in verdict
+    assert "sign test over conversations p = 1." in verdict
 
 
 def test_sorted_rows_still_match(judged):
     folder, labels = judged
-    as_written = people_verdict(fill(folder, labels))
+    as_written = people_verdict([label(folder, labels)])
     order = random.Random(0).sample(range(24), 24)
-    assert people_verdict(fill(folder, labels, order)) == as_written
+    assert people_verdict([label(folder, labels, order=order)]) == as_written
 
 
-def test_rows_may_be_left_out(judged):
+def test_rows_may_be_left_out_or_left_empty(judged):
+    """The number in all is the key's."""
     folder, labels = judged
-    verdict = people_verdict(fill(folder, labels, [16, 13, 0, 20, 2]))
-    for row in ("| soft | 2 |", "| hard | 2 |", "| both poor | 1 |", "| tie or both good | 0 |"):
-        assert row in verdict
+    kept = [16, 13, 0, 20, 2]
+    fewer = people_verdict([label(folder, labels, "fewer.xlsx", kept)])
+    some = [verdict if i in kept else ["", " ", None][i % 3] for i, verdict in enumerate(labels)]
+    for verdict in (fewer, people_verdict([label(folder, some)])):
+        for row in ("| soft | 2 |", "| hard | 2 |", "| both poor | 1 |", "| tie or both good | 0 |"):
+            assert row in verdict
+        assert verdict.endswith(".xlsx: 5 of 24 rows judged")
+
+
+def test_sheet_that_nobody_judged_is_one_line(judged):
+    folder, _ = judged
+    assert complaint(folder / SHEET) == f"{folder / SHEET}: no row is judged yet: column human_eval is empty"
 
 
 def test_line_ends_of_another_program_still_match(judged):
     """Saved as csv, where they show (in xlsx the XML hides them), with an empty line at the end of each cell."""
     folder, labels = judged
-    as_written = people_verdict(fill(folder, labels))
+    as_written = people_verdict([label(folder, labels)])
     frame = pd.read_excel(folder / SHEET, dtype=str, keep_default_na=False)
-    for column in COLUMNS[1:3]:
+    for column in ("A", "B", *COLUMNS[1:3]):
         frame[column] = frame[column].str.replace("\n", "\r\n") + "\r\n"
     frame.to_csv(folder / "blinded.csv", index=False)
     assert b"\xef\xbc\x8c\r\n" in (folder / "blinded.csv").read_bytes()
-    assert people_verdict(str(folder / "blinded.csv")) == as_written
+    assert people_verdict([str(folder / "blinded.csv")]) == as_written.replace(SHEET, "blinded.csv")
 
 
-def complaint(sheet):
+@pytest.mark.parametrize("taken_back", [0, 1, 2])
+def test_escapes_still_match_whoever_stored_and_read_them(tmp_path, taken_back):
+    """openpyxl takes back an escape of an escape in what Excel saved, and not in what it wrote itself."""
+    table = pd.DataFrame({"prompt": [sample_context(0)] * 4, "soft": ESCAPES, "hard": ["b"] * 4})
+    write_blinded_sheet(table, tmp_path, seed=0)
+
+    def change(rows):
+        for row in rows:
+            for _ in range(taken_back):
+                row[:] = [unescape(cell) if isinstance(cell, str) else cell for cell in row]
+
+    sheet = label(tmp_path, labels_of(tmp_path, ["soft"] * 4), "back.xlsx", change=change)
+    assert "| soft | 4 |" in people_verdict([sheet])
+
+
+def complaint(*sheets):
     with pytest.raises(InputError) as caught:
-        people_verdict(str(sheet))
+        people_verdict([str(sheet) for sheet in sheets])
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("column", [0, 1, 2])
-def test_changed_text_is_refused(judged, column):
+@pytest.mark.parametrize("column", [5, 6, 7])
+def test_changed_hidden_column_is_refused(judged, column):
     """A conversation's too: the row would be taken for another."""
     folder, labels = judged
 
     def change(rows):
-        rows[4][column] = json.dumps(sample_context(99)) if column == 0 else rows[4][column] + "!"
+        rows[4][column] = json.dumps(sample_context(99)) if column == 5 else rows[4][column] + "!"
 
-    message = complaint(fill(folder, labels, change=change))
-    assert "row 6" in message and "texts were changed" in message
+    message = complaint(label(folder, labels, change=change))
+    assert "row 6: not a row of the key: its hidden columns context_messages, policy_response" in message
 
 
-def test_swapped_columns_are_refused(judged):
-    """They would turn the verdict round."""
+def test_what_people_write_into_the_visible_texts_loses_nothing(judged):
     folder, labels = judged
 
     def change(rows):
-        for row in rows:
-            row[1], row[2] = row[2], row[1]
+        rows[4][0] = "what?"
+        rows[4][1] += " (too long)"
+        rows[7][2] = None
 
-    assert "row 2" in complaint(fill(folder, labels, change=change))
+    changed = label(folder, labels, "changed.xlsx", change=change)
+    plain, *more = people_verdict([changed]).rsplit("\n", 1)
+    assert more == ["- 2 rows had a visible text changed; what counts is the hidden columns'"]
+    assert plain == people_verdict([label(folder, labels)]).replace(SHEET, "changed.xlsx")
 
 
-@pytest.mark.parametrize("label", [None, "", 4, "left", -1, True])
-def test_unfilled_or_wrong_row_is_named(judged, label):
+@pytest.mark.parametrize("columns", [[0, 1, 2, 3], [1], [2]])
+def test_visible_columns_sorted_without_the_hidden_ones_are_refused(judged, columns):
     folder, labels = judged
-    book = openpyxl.load_workbook(fill(folder, labels))
-    book.active["D9"] = label
-    book.save(folder / SHEET)
-    message = complaint(folder / SHEET)
-    assert "row 9" in message and "human_eval" in message
+
+    def change(rows):
+        for column in columns:
+            for row, value in zip(rows, [row[column] for row in rows[::-1]], strict=True):
+                row[column] = value
+
+    message = complaint(label(folder, labels, change=change))
+    assert "row 2: under A or B stands the text of another place" in message
+
+
+@pytest.mark.parametrize("places", [(1, 2), (6, 7)])
+def test_swapped_columns_are_refused(judged, places):
+    """They would turn the verdict round."""
+    folder, labels = judged
+    first, second = places
+
+    def change(rows):
+        for row in rows:
+            row[first], row[second] = row[second], row[first]
+
+    assert "row 2" in complaint(label(folder, labels, change=change))
+
+
+def test_row_that_stands_there_twice_is_refused(judged):
+    folder, labels = judged
+    message = complaint(label(folder, labels, order=[0, 1, 2, 1]))
+    assert message.endswith("row 5: this pair stands there twice: delete one of the two rows")
+
+
+@pytest.mark.parametrize("verdict", [4, "left", -1, True, "A", "better"])
+def test_wrong_row_is_named(judged, verdict):
+    folder, labels = judged
+    labels[7] = verdict
+    assert "row 9, human_eval: expected one of 0, 1, 2, 3, " in complaint(label(folder, labels))
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_missing_column_is_named(judged, column):
+    folder, labels = judged
+    pd.read_excel(label(folder, labels)).drop(columns=column).to_excel(folder / "less.xlsx", index=False)
+    assert f"less.xlsx: missing column {column}; found " in complaint(folder / "less.xlsx")
+
+
+# Its key
 
 
 def test_missing_key_is_named(judged):
     folder, labels = judged
-    sheet = fill(folder, labels)
+    sheet = label(folder, labels)
     (folder / KEY).unlink()
     message = complaint(sheet)
     assert str(folder / KEY) in message and "compare.py" in message
@@ -326,12 +434,14 @@ def test_missing_key_is_named(judged):
         '{"soft_side": 3, "rows": 3}',
         "\udcff",
         '{"soft_side": ["policy_response"], "rows": []}',
+        '{"soft_side": ["policy_response"], "rows": [["a"]]}',
         '{"soft_side": ["left"], "rows": ["a"]}',
     ],
 )
-def test_broken_key_is_named(judged, content):
+@pytest.mark.parametrize("name", [SHEET, "anna.xlsx"])
+def test_broken_key_is_named(judged, content, name):
     folder, labels = judged
-    sheet = fill(folder, labels)
+    sheet = label(folder, labels, name)
     (folder / KEY).write_text(content, encoding="utf-8", errors="surrogateescape")
     message = complaint(sheet)
     assert str(folder / KEY) in message and "not the key" in message
@@ -340,34 +450,122 @@ def test_broken_key_is_named(judged, content):
 def test_key_of_another_sheet_is_refused(judged, replies):
     """Drawn with another seed: of some rows the digests are not there."""
     folder, labels = judged
-    sheet = fill(folder, labels)
+    sheet = label(folder, labels)
     (folder / "other").mkdir()
     write_blinded_sheet(replies, folder / "other", seed=4)
     shutil.copy(folder / "other" / KEY, folder / KEY)
     assert "not a row of the key" in complaint(sheet)
 
 
-def test_sheet_of_another_name_has_the_key_of_that_name(judged):
+def test_sheet_of_another_name_finds_the_one_key_beside_it(judged):
+    """That of its rows: also among others, and where the key was copied along."""
     folder, labels = judged
-    sheet = fill(folder, labels, name="from_anna.xlsx")
-    assert "from_anna.key.json" in complaint(sheet)
-    shutil.copy(folder / KEY, folder / "from_anna.key.json")
-    assert "| soft | 12 |" in people_verdict(sheet)
+    sheet = label(folder, labels, "from anna.xlsx")
+    expected = people_verdict([sheet])
+    assert "| soft | 12 |" in expected
+    (folder / "other").mkdir()
+    write_blinded_sheet(
+        pd.DataFrame({"prompt": [sample_context(0)], "soft": ["x"], "hard": ["y"]}), folder / "other", seed=4
+    )
+    shutil.copy(folder / "other" / KEY, folder / "another.key.json")
+    shutil.copy(folder / KEY, folder / "copy.key.json")
+    assert people_verdict([sheet]) == expected
+
+
+def test_sheet_of_another_name_without_its_key(judged, replies):
+    folder, labels = judged
+    (folder / "back").mkdir()
+    sheet = shutil.move(label(folder, labels, "anna.xlsx"), folder / "back" / "anna.xlsx")
+    message = complaint(sheet)
+    assert f"no key {folder / 'back' / 'anna.key.json'}" in message and "none have rows of" in message
+    # With another sheet of the key beside it, the key is found there.
+    assert "| soft | 12 | 12 | 24 |" in people_verdict([str(sheet), label(folder, labels)])
+    # Two keys that hold some of its rows: nobody knows which.
+    write_blinded_sheet(replies, folder / "back", seed=4)
+    (folder / "back" / SHEET).unlink()
+    shutil.copy(folder / KEY, folder / "back" / "mine.key.json")
+    message = complaint(sheet)
+    assert "blinded.key.json, " in message and "mine.key.json have rows of" in message
+
+
+# Several people
+
+
+def test_several_people(judged):
+    """Two agree but for two rows, the third did half: counts a sheet and in all, intervals by conversation."""
+    folder, labels = judged
+    other = list(labels)
+    other[0], other[1] = 2, 2
+    half = labels[:12] + [None] * 12
+    sheets = [label(folder, verdicts, f"{name}.xlsx") for name, verdicts in
+              (("anna", labels), ("ben", other), ("cai", half))]  # fmt: skip
+    lines = people_verdict(sheets).splitlines()
+    assert lines[2:8] == [
+        f"| people's verdict | {sheets[0]} | {sheets[1]} | {sheets[2]} | all |",
+        "|---|---|---|---|---|",
+        "| soft | 12 | 10 | 12 | 34 |",
+        "| hard | 5 | 5 | 0 | 10 |",
+        "| tie or both good | 3 | 3 | 0 | 6 |",
+        "| both poor | 4 | 6 | 0 | 10 |",
+    ]
+    # 34 of 44, of 17 conversations: not as sure as 44 rows of their own would be.
+    right, low, high = 34 / 44, *stats.binomtest(34, 44).proportion_ci(method="wilson")
+    assert f"is better in {right:.3f} [" in lines[0] and lines[0].endswith("n=44 (17 conversations).")
+    ends = [float(n) for n in lines[0].split("[")[1].split("]")[0].split(", ")]
+    assert ends[0] < low - 0.02 and ends[1] > high + 0.005
+    assert [line for line in lines if "rows judged" in line] == [
+        f"- {sheets[0]}: 24 of 24 rows judged",
+        f"- {sheets[1]}: 24 of 24 rows judged",
+        f"- {sheets[2]}: 12 of 24 rows judged",
+    ]
+    # The first 12 rows have three labels, of which two rows differ; the other 12 have two. Kappa is of the former.
+    assert lines[-1].startswith("- 24 pairs were judged by two people or more, and all say the same of 22 (0.917); ")
+    assert "over the 12 pairs with 3 judgements each" in lines[-1]
+
+
+def test_one_sheet_twice_and_sheets_of_two_keys_are_refused(judged, replies):
+    folder, labels = judged
+    sheet = label(folder, labels)
+    assert "one sheet is given twice" in complaint(sheet, folder / "." / SHEET)
+    (folder / "other").mkdir()
+    write_blinded_sheet(replies, folder / "other", seed=4)
+    other = label(folder / "other", labels)
+    assert f"{sheet} and {other} are not copies of one sheet" in complaint(sheet, other)
 
 
 @pytest.mark.skipif(not shutil.which("soffice"), reason="LibreOffice is not installed")
-def test_libreoffice_reads_the_texts_as_they_are(judged):
-    """Another program's eyes: the first worksheet as csv, formulas unevaluated, its rows still those of the key."""
-    folder, labels = judged
-    fill(folder, labels)
-    profile = f"-env:UserInstallation=file://{folder}/profile"
-    command = ["soffice", profile, "--headless", "--convert-to", "csv:Text - txt - csv (StarCalc):44,34,76,1"]
-    subprocess.run([*command, "--outdir", str(folder), str(folder / SHEET)], check=True, timeout=180)
-    with open(folder / "blinded.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows[0] == list(COLUMNS) and len(rows) == 25
-    assert {text for row in rows[1:] for text in row[1:3]} >= set(TRICKY)
-    assert people_verdict(str(folder / "blinded.csv")) == people_verdict(str(folder / SHEET))
+@pytest.mark.parametrize("language", VERDICTS)
+def test_libreoffice_opens_and_saves_it(replies, tmp_path, language):
+    """Filled in, opened and saved by another program: texts, hidden columns, choices and rows are what they were."""
+    texts = [*TRICKY, *ESCAPES[:-1], "caf_x00e9_"]  # of two escapes that overlap LibreOffice spells out one
+    table = pd.DataFrame({"prompt": [sample_context(i) for i in range(len(texts))], "soft": texts, "hard": "no"})
+    write_blinded_sheet(table, tmp_path, 3, language)
+    labels = labels_of(tmp_path, ["soft"] * 14 + [2, None])
+    words = [None if verdict is None else VERDICTS[language][verdict] for verdict in labels]
+    sheet = label(tmp_path, words)
+    as_filled = people_verdict([sheet])
+    (tmp_path / "saved").mkdir()
+    profile = f"-env:UserInstallation=file://{tmp_path}/profile"
+    command = ["soffice", profile, "--headless", "--convert-to", "xlsx:Calc MS Excel 2007 XML", "--outdir"]
+    subprocess.run([*command, str(tmp_path / "saved"), sheet], check=True, timeout=180, capture_output=True)
+    saved = tmp_path / "saved" / SHEET
+    shutil.copy(tmp_path / KEY, tmp_path / "saved" / KEY)
+    assert people_verdict([str(saved)]) == as_filled.replace(sheet, str(saved))
+    book = openpyxl.load_workbook(saved)
+    first = book.worksheets[0]
+    assert first["E1"].value.startswith("=") and len(book.worksheets) == 2
+    assert openpyxl.load_workbook(saved, data_only=True).worksheets[0]["E1"].value.endswith("1")  # one row is left
+    assert first.column_dimensions["F"].hidden and first.column_dimensions["F"].max == 8
+    assert first.auto_filter.ref == "A1:H17"
+    (choices,) = first.data_validations.dataValidation
+    assert choices.formula1 == f'"{",".join(VERDICTS[language].values())}"'
+    frame = pd.read_excel(saved, dtype=object, keep_default_na=False)
+    replies = set(frame["policy_response"]) | set(frame["reference_response"])
+    assert replies == set(frame["A"]) | set(frame["B"]) >= set(TRICKY)
+    # Escaped in the file itself; openpyxl takes the escape of the underscore back.
+    with zipfile.ZipFile(saved) as archive:
+        stored = archive.read("xl/sharedStrings.xml").decode()
+    assert "item_x005F_x0041_7" in stored and "item_x0041_7" not in stored
 
 
 # What a cell cannot hold
@@ -383,15 +581,15 @@ def test_replies_that_no_cell_holds_come_back(tmp_path):
     write_blinded_sheet(table, tmp_path, seed=0)
     book = openpyxl.load_workbook(tmp_path / SHEET)
     soft = [
-        book.worksheets[0].cell(row, 2 if side == "policy_response" else 3).value
+        book.worksheets[0].cell(row, 7 if side == "policy_response" else 8).value
         for row, side in enumerate(json.loads((tmp_path / KEY).read_text())["soft_side"], start=2)
     ]
-    assert soft == ["x" * 32_767, "(no text)", "(no text)", "ab"]
+    assert soft == ["x" * 32_766, "(no text)", "(no text)", "ab"]
     for row in range(2, 6):
         book.worksheets[0].cell(row, 4, 3)
     book.save(tmp_path / SHEET)
     # Ties alone are a verdict too, though nothing to learn from.
-    assert "| tie or both good | 4 |" in people_verdict(str(tmp_path / SHEET))
+    assert "| tie or both good | 4 |" in people_verdict([str(tmp_path / SHEET)])
     with pytest.raises(InputError, match="no row is labelled 0 or 1"):
         read_judgements(str(tmp_path / SHEET))
 

@@ -4,12 +4,14 @@ from h2s.errors import InputError
 from h2s.run.arguments import (
     CompareArguments,
     CompareDatasetArguments,
+    CompareModelArguments,
     DatasetArguments,
     GenerateArguments,
     HardPromptArguments,
     PolicyModelArguments,
     read_hard_prompt,
 )
+from h2s.run.recipe import parse_recipe
 
 
 def test_hard_prompt_file_of_a_windows_program(tmp_path):
@@ -93,6 +95,15 @@ def test_sampling_that_is_none(settings, words):
         if set(settings) <= set(arguments.__dataclass_fields__):
             with pytest.raises(InputError, match=words):
                 arguments(**settings)
+
+
+@pytest.mark.parametrize("language", ["fr", "zh", "EN"])
+def test_language_that_is_none(language):
+    sections = (CompareModelArguments, CompareDatasetArguments, CompareArguments)
+    with pytest.raises(
+        InputError, match=rf"--language: invalid choice: '{language}' \(choose from '?en'?, '?zh-TW'?\)"
+    ):
+        parse_recipe(*sections, ["--language", language])
 
 
 def test_sampling_at_its_limits():

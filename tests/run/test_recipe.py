@@ -175,7 +175,7 @@ def test_defaults_of_a_recipe(tmp_path):
         (POLICY, "model", "dtype: float16", "argument --dtype: invalid choice: 'float16'"),
         (POLICY, "model", "dtype: 16", "dtype must be 'auto' or 'bfloat16' or 'float32', got int 16"),
         (POLICY, "model", "hard_prompt: !!binary YWI=", "hard_prompt must be str, got bytes b'ab'"),
-        (POLICY, "dataset", "path: [a.json]", "path must be str, got list"),
+        (POLICY, "dataset", "path: {a: b}", "path must be str or list, got dict"),
         (COMPARE, "dataset", "split: train", "argument --split: invalid choice: 'train'"),
         (COMPARE, "dataset", "split: null", "split must be 'test' or 'all', got NoneType None"),
         (REWARD, "model", "max_tokens: 96.5", r"max_tokens must be int, got float 96\.5"),
@@ -264,6 +264,28 @@ def test_flags_that_are_wrong(parse, flags, words):
 
 
 # Paths
+
+
+def test_list_of_paths(tmp_path, monkeypatch):
+    """One, several or none, in the YAML, where each is looked for beside it, and as flags."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "recipes" / "compare.yaml"
+    file.parent.mkdir()
+    (file.parent / "anna.xlsx").touch()
+    anna = str(file.parent / "anna.xlsx")
+    for text, expected in (
+        ("[anna.xlsx, ben.xlsx]", [anna, "ben.xlsx"]),
+        ("anna.xlsx", [anna]),
+        ("null", None),
+        ("[]", []),
+    ):
+        file.write_text(f"dataset:\n  judged: {text}\n", encoding="utf-8")
+        assert parse_recipe(*COMPARE, ["--config", str(file)])[1].judged == expected
+        flags = ["--config", str(file), "--judged", "cai.xlsx", "dan.xlsx"]
+        assert parse_recipe(*COMPARE, flags)[1].judged == ["cai.xlsx", "dan.xlsx"]
+    file.write_text("dataset:\n  judged: [1]\n", encoding="utf-8")
+    with pytest.raises(InputError, match="judged must be str, got int 1"):
+        parse_recipe(*COMPARE, ["--config", str(file)])
 
 
 def test_paths_are_looked_for_beside_the_recipe_first(tmp_path, monkeypatch):

@@ -165,6 +165,8 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
             run.say(f"error: {_one_line(error)}")
             sys.exit(2)
         except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                print(file=sys.stderr)  # the terminal has written ^C
             run.say(f"interrupted by Ctrl-C; {run.how_to_go_on()}")
             sys.exit(130)
         except Terminated:

@@ -119,8 +119,8 @@ def test_an_iteration(build, updates):
     seconds, gigabytes = time.perf_counter() - begin, torch.cuda.max_memory_allocated() / 2**30
     first, second = (line for line in trainer.state.log_history if "reward" in line)
     print(f"\n{updates} updates: {seconds:.1f} s for two iterations and the warm-up, {gigabytes:.1f} GB at the peak")
-    assert first["completions/mean_length"] > REPLY / 2 and abs(first["objective/kl"]) < 1e-6
-    assert first["val/ratio"] == second["val/ratio"] == 1 and second["objective/kl"] != 0
+    assert first["completions/mean_length"] > REPLY / 2 and abs(first["kl"]) < 1e-6
+    assert first["policy/ratio"] == second["policy/ratio"] == 1 and second["kl"] != 0
 
 
 def test_a_resumed_run_ends_in_the_same_bytes(build):

@@ -115,6 +115,14 @@ class SingleStepPPOConfig(TrainingArguments):
         default=None, metadata={"help": "Rewards, scaled, are clamped to plus and minus this."}
     )
 
+    # Parameters that control the logging
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print a sample of the completions every logging_steps iterations."}
+    )
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "How many log_completions prints; all by default."}
+    )
+
     def __post_init__(self):
         check_settings(self, REFUSED)
         if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") != "2":

@@ -1,5 +1,6 @@
 """What one iteration draws and learns from. Letters: B responses on this process, b of a mini-batch, T positions."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from h2s.ppo.loss import explained_variance, k3_per_token, kl_to_reference, mask
 from h2s.prefix.generation import Batch
 from h2s.report.intervals import between_share
 from h2s.reward.functions import RewardFunctions, reward_columns
+
+logger = logging.getLogger(__name__)
 
 REMEDY = "lower learning_rate or raise kl_coef"
 
@@ -146,7 +149,9 @@ class SampledPolicy(EvaluatedPolicy):
     def _roll_out(self, model, inputs: dict[str, list]) -> Rollout:
         """1. Sample and score, 2. measure the KL, 3. one advantage a response; 0 for one that was left out."""
         args, log = self.args, self.iterations
+        self.terminal.doing("sampling")
         replies = self._reply(inputs)
+        self.terminal.doing("scoring")
         parts = self._score(model, replies.batch, with_graph=args.updates == 1)
         self.check_finite(f"the log-probabilities are not finite: {REMEDY}", *(p.logps for p in parts))
 
@@ -166,15 +171,15 @@ class SampledPolicy(EvaluatedPolicy):
         lengths = replies.batch.completion_mask.sum(1).float()
 
         log.add_rewards(replies.values, self.accelerator.gather(replies.scores))
-        log.add("objective/kl", kl)
-        log.add("objective/kl_k3_per_token", torch.cat([k3_per_token(p.old_logps, p.ref_logps, p.mask) for p in parts]))
-        log.add("objective/returns", returns)
-        log.add("policy/entropy", torch.cat([masked_mean(p.entropy.detach(), p.mask) for p in parts]))
+        log.add("kl", kl)
+        log.add("kl_k3_per_token", torch.cat([k3_per_token(p.old_logps, p.ref_logps, p.mask) for p in parts]))
+        log.add("returns", returns)
+        log.add("entropy", torch.cat([masked_mean(p.entropy.detach(), p.mask) for p in parts]))
         log.add("completions/mean_length", lengths)
         log.add("completions/clipped_ratio", replies.unfinished.float())
-        log.add("val/saturated", self.value_head.saturated(last_prompt).detach())
+        log.add("value/saturated", self.value_head.saturated(last_prompt).detach())
         pairs = self.accelerator.gather(torch.stack([values, returns]).T.contiguous())
-        log.metrics["val/explained_variance"].append(explained_variance(pairs[:, 0], pairs[:, 1]))
+        log.metrics["value/explained_variance"].append(explained_variance(pairs[:, 0], pairs[:, 1]))
         columns = {
             "prompt": inputs["prompt"],
             "completion": replies.texts,
@@ -197,7 +202,8 @@ class SampledPolicy(EvaluatedPolicy):
         generator = torch.Generator().manual_seed(args.seed)  # the same on every rank, each takes its share
         chosen = torch.randperm(len(self.train_dataset), generator=generator)[:contexts].tolist()
         inputs = self.train_dataset[chosen[args.process_index :: args.world_size]]
-        for _ in range(args.value_warmup_batches):
+        for number in range(args.value_warmup_batches):
+            self.terminal.doing(f"warm-up {number + 1} of {args.value_warmup_batches}")
             with torch.no_grad(), self.policy.hard_prompt_active():
                 replies = self._reply(inputs)
                 order = torch.arange(len(replies.texts), device=replies.scores.device)
@@ -206,10 +212,11 @@ class SampledPolicy(EvaluatedPolicy):
             drawn.append((hidden, replies.scores, replies.unfinished))
             self.iterations.forget_extras()
         if drawn:
+            logger.info("warm-up: the hard prompt has answered %d contexts %d times", contexts, len(drawn))
             hidden, scores, unfinished = (torch.cat(parts) for parts in zip(*drawn, strict=True))
             by_context = self.accelerator.gather(scores.view(len(drawn), -1).T.contiguous())  # (B * world_size, k)
             for end, value in zip(("", "_low", "_high"), between_share(by_context.cpu().numpy()), strict=True):
-                self.iterations.metrics[f"val/rho{end}"].append(value)
+                self.iterations.metrics[f"value/rho{end}"].append(value)
             if args.scale_rewards:
                 self.value_head.measure_rewards(by_context.flatten())
             self._fit_value_head(hidden, self._returns(scores, unfinished))

@@ -20,12 +20,13 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from h2s.data.splits import conversations_in
 from h2s.errors import InputError, RunError
 from h2s.ppo.config import SingleStepPPOConfig
 from h2s.ppo.contexts import as_columns, check_run, encode_contexts, selection_metric
-from h2s.ppo.iteration_log import IterationLog
+from h2s.ppo.iteration_log import Charts, IterationLog, in_words
 from h2s.ppo.loss import approx_kl_per_token, masked_mean, policy_loss
 from h2s.ppo.rollout import REMEDY, Rollout, SampledPolicy
 from h2s.ppo.value_head import ValueHead
@@ -141,6 +142,8 @@ class SingleStepPPOTrainer(SampledPolicy):
             callbacks=[*(callbacks or []), ChooseAnewElsewhere(), EvaluateLastStep(), LogBeforeSaving()],
         )
         self.iterations = IterationLog(self.accelerator, self.rewards.names)
+        if (plain := self.pop_callback(TensorBoardCallback)) is not None:
+            self.add_callback(Charts(self.iterations, plain.tb_writer))
 
     # ---- what is trained ----
 
@@ -183,6 +186,7 @@ class SingleStepPPOTrainer(SampledPolicy):
         """Several epochs of clipped updates on the rollout's mini-batches."""
         args, log, losses = self.args, self.iterations, []
         for number, part in enumerate(rollout.parts * args.num_ppo_epochs):
+            self.terminal.doing(f"update {number + 1} of {args.updates}")
             logps, entropy = part.logps, part.entropy  # with their graph, where this is the only update
             if args.updates > 1:
                 logps, entropy, _ = model(*part.batch, args.temperature)
@@ -206,7 +210,7 @@ class SingleStepPPOTrainer(SampledPolicy):
             if number == 0:
                 # Advantages of 0 (a sparse reward, say) have no gradient, and need none.
                 self._check_first_update(ratio, norm, bool(advantages.any()))
-            log.add("policy/clipfrac", clipped.float())
+            log.add("clip_ratio/region_mean", clipped.float())
             losses.append(loss.detach())
         else:  # no break
             if args.target_kl is not None:
@@ -224,7 +228,7 @@ class SingleStepPPOTrainer(SampledPolicy):
         largest = self.args.max_grad_norm or math.inf  # 0 is no clipping, as Trainer has it
         norm = self.accelerator.clip_grad_norm_([soft_prefix(self.policy.model)], largest)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        self.iterations.metrics["policy/grad_norm"].append(norm)
+        self.iterations.metrics["grad_norm"].append(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -232,7 +236,7 @@ class SingleStepPPOTrainer(SampledPolicy):
     def _check_first_update(self, ratio: torch.Tensor, norm: float, gradient_expected: bool) -> None:
         if self.state.global_step == 0 and norm == 0 and gradient_expected:
             raise RunError("the prefix has no gradient at the first update")
-        self.iterations.add("val/ratio", ratio)
+        self.iterations.add("policy/ratio", ratio)
         error = (ratio - 1).abs().max().item()
         if error > RATIO_TOLERANCE:
             logger.warning("the first update's ratio is %.3g away from 1, more than %g", error, RATIO_TOLERANCE)
@@ -240,6 +244,12 @@ class SingleStepPPOTrainer(SampledPolicy):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of what the iterations recorded since the last line."""
         if "loss" in logs:
-            logs.pop("grad_norm", None)  # of the loop's own step, which has no gradient; ours is policy/grad_norm
+            logs.pop("grad_norm", None)  # of the loop's own step, which has no gradient
             logs |= self.iterations.means()
         super().log(logs, start_time)
+        if "loss" in logs and self.args.log_completions and self.is_world_process_zero():
+            self.iterations.print_completions(self.state.global_step, self.args.num_completions_to_print)
+
+    def short_line(self, logs: dict[str, float]) -> str | None:
+        """Reward, KL, length; of an evaluation soft against hard."""
+        return in_words(logs)

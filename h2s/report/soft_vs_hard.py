@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import TrainerState
 
 from h2s.data.messages import Messages, as_messages, conversation_id
@@ -23,6 +22,7 @@ from h2s.errors import RunError
 from h2s.prefix.generation import Batch, Sampling, seeded
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
 from h2s.reward.functions import RewardFunctions, reward_columns
+from h2s.run.terminal import progress_bar
 
 
 def soft_vs_hard(
@@ -101,7 +101,7 @@ def shared_batches(count: int, batch_size: int, label: str, progress: bool) -> I
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     each = math.ceil(len(batches) / state.num_processes)
     mine = [batches[(state.process_index + n * state.num_processes) % len(batches)] for n in range(each)]
-    yield from tqdm(mine, desc=label, disable=not progress or not state.is_main_process, leave=False)
+    yield from progress_bar(mine, label, progress and state.is_main_process)
 
 
 def gather_rows(records: list[dict]) -> pd.DataFrame:

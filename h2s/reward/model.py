@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     BatchEncoding,
@@ -35,6 +34,7 @@ from h2s.hub import SavedAdapter, adapter_folder, write_card
 from h2s.models import LOADING_ERRORS, load_config, load_tokenizer, model_source
 from h2s.prefix.adapter import SOFT, read_adapter_config, soft_prefix
 from h2s.prefix.chat_template import H2S_FILE
+from h2s.run.terminal import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -378,7 +378,7 @@ class RewardModel(SavedAdapter):
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         rewards = torch.empty(len(rows))
         starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+        for start in progress_bar(starts, progress):
             chunk = order[start : start + self.batch_size]
             batch = self.tokenizer.pad([rows[i] for i in chunk], return_tensors="pt").to(self.model.device)
             rewards[chunk] = self.model(**batch).logits.squeeze(-1).float().cpu()

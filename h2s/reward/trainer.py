@@ -183,6 +183,12 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
             eval_dataset = tokenize_preferences(eval_dataset, reward.tokenizer, reward.max_tokens, Counter())
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def short_line(self, logs: dict[str, float]) -> str | None:
+        """Loss and accuracy, of training or of an evaluation."""
+        said = [f"{name} {value:.4f}" for name, value in logs.items() if name.endswith(("loss", "accuracy"))]
+        epoch = [f"epoch {logs['epoch']:.2f}"] if "epoch" in logs else []
+        return ", ".join(epoch + said) if said else None
+
     def load_kept(self) -> None:
         """The best epoch's checkpoint, if epochs were evaluated."""
         state, args = self.state, self.args

@@ -20,13 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
 
 from h2s.errors import InputError, RunError
 from h2s.hub import SavedAdapter
 from h2s.run.callbacks import GoesOnAsItBegan
+from h2s.run.terminal import OneLinePerLog
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ class WholeCheckpoints(Trainer):
         kwargs["callbacks"] = [GoesOnAsItBegan(), *(kwargs.get("callbacks") or [])]
         self.pushes_at_end, args.push_to_hub = args.push_to_hub, False
         super().__init__(args=args, **kwargs)
+        self.terminal = OneLinePerLog(self.short_line)
+        self.remove_callback(PrinterCallback if args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        self.add_callback(self.terminal)
         # What is deleted is decided here: Trainer's own, at its end, deletes the newest file by file if limited to 1.
         self.kept, self.args.save_total_limit = self.args.save_total_limit, None
 
@@ -77,7 +81,10 @@ class WholeCheckpoints(Trainer):
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         elif any(Path(self.args.output_dir).glob("checkpoint-*")):
             logger.warning("%s holds checkpoints of another run: choose another output_dir", self.args.output_dir)
-        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self.terminal.close()
         self.load_kept()
         if self.pushes_at_end:
             self.push_to_hub()
@@ -96,6 +103,10 @@ class WholeCheckpoints(Trainer):
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
         )
+
+    def short_line(self, logs: dict[str, float]) -> str | None:
+        """What the terminal says of a log line. Each trainer knows what matters in it."""
+        raise NotImplementedError
 
     def load_kept(self) -> None:
         """Bring the model to the step that is kept. Each trainer knows where that lies."""

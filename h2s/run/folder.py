@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import TrainerCallback
 
 from h2s.errors import InputError, RunError, Terminated
 from h2s.run.recipe import RECIPE_FILE, split_mismatch, write_recipe
+from h2s.run.terminal import TerminalHandler, above_bars, quiet_libraries
 
 # Of the whole package: what any module logs goes to a run's log.
 logger = logging.getLogger("h2s")
@@ -102,8 +102,6 @@ class Run:
 
     def _start_log(self, folder: Path) -> None:
         """From here on, what `logger` says goes to `train.log` and to the terminal, from the first process alone."""
-        # TRL 1.16 asks models for it by its old name at every generation.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         logger.propagate = False
         if not self.is_main_process:
             logger.addHandler(logging.NullHandler())
@@ -112,7 +110,7 @@ class Run:
         file = _LogFile(folder / LOG_FILE, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(file)
-        terminal = logging.StreamHandler(sys.stdout)
+        terminal = TerminalHandler(sys.stdout)
         terminal.setFormatter(logging.Formatter("%(message)s"))
         terminal.setLevel(logging.INFO)
         terminal.addFilter(lambda record: not getattr(record, "file_only", False))
@@ -129,7 +127,8 @@ class Run:
         """One line on stderr and in the log; from the first process alone, unless it is this process's own affair."""
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or everyone:
-            print(line if rank == 0 else f"process {rank}: {line}", file=sys.stderr, flush=True)
+            with above_bars():
+                print(line if rank == 0 else f"process {rank}: {line}", file=sys.stderr, flush=True)
             logger.info(line, extra={"file_only": True})
 
     def how_to_go_on(self) -> str:
@@ -156,7 +155,8 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
         run = Run()
         previous = signal.signal(signal.SIGTERM, run.stop)
         try:
-            main(run, argv)
+            with quiet_libraries():
+                main(run, argv)
             if distributed.is_initialized():
                 # Left to the interpreter's end, gloo's threads may want its lock when it is gone: an abort, at random.
                 # Not after a fault: with NCCL it could wait for processes that are in a collective.
@@ -165,6 +165,8 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
             run.say(f"error: {_one_line(error)}")
             sys.exit(2)
         except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                print(file=sys.stderr)  # the terminal has written ^C
             run.say(f"interrupted by Ctrl-C; {run.how_to_go_on()}")
             sys.exit(130)
         except Terminated:

@@ -56,6 +56,8 @@ def test_stage_2_as_configured(config, policy, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert (folder / "train.log").read_text(encoding="utf-8").count("contexts that train") == 1
     assert of_two(folder)["global_step"] == 2
+    said = [line.split(": ")[1].split(" ")[0] for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert said == ["reward", "reward", "soft", "trained"]  # once, by the first of them
     files = sorted((folder / "completions").iterdir())
     prompts = [pd.read_parquet(file)["prompt"].map(str) for file in files]
     assert [len(p) for p in prompts] == [8, 8] == [p.nunique() for p in prompts]  # 4 on each, none on both

@@ -235,10 +235,10 @@ def test_a_reply_that_is_left_out_has_no_advantage(build):
     assert rollout.returns.isnan().tolist() == [s is None for s in SCORES]
     metrics = {name: value for name, (value,) in trainer.iterations.metrics.items()}
     # Of 1, 3, 2, 5: mean 2.75; squares 1.75² + 0.25² + 0.75² + 2.25² = 8.75, over 3.
-    assert metrics["reward"] == metrics["rewards/of_the_context/mean"] == metrics["objective/returns"] == 2.75
+    assert metrics["reward"] == metrics["rewards/of_the_context/mean"] == metrics["returns"] == 2.75
     assert metrics["reward_std"] == metrics["rewards/of_the_context/std"] == pytest.approx(math.sqrt(8.75 / 3))
     explained = 1 - statistics.variance(advantages) / (8.75 / 3)
-    assert metrics["val/explained_variance"] == pytest.approx(explained, abs=1e-4)
+    assert metrics["value/explained_variance"] == pytest.approx(explained, abs=1e-4)
     table = completions_of(trainer)
     assert table["score"].isna().tolist() == [s is None for s in SCORES]
     assert table["advantage"].tolist() == pytest.approx(whitened, abs=1e-4)
@@ -290,7 +290,7 @@ def test_nothing_moves_where_all_are_left_out(build, given):
     heads = [load_file(root / f"checkpoint-{n}" / VALUE_HEAD_FILE)["dense.weight"] for n in (1, 2, 3)]
     assert torch.equal(saved[0], start) == torch.equal(heads[0], head) == (given == 0)
     assert all(torch.equal(s, saved[0]) for s in saved) and all(torch.equal(h, heads[0]) for h in heads)
-    assert math.isnan(logged(trainer, "reward")[-1]) and math.isnan(logged(trainer, "val/explained_variance")[-1])
+    assert math.isnan(logged(trainer, "reward")[-1]) and math.isnan(logged(trainer, "value/explained_variance")[-1])
     assert completions_of(trainer, 3)["score"].isna().all() and not completions_of(trainer, 3)["advantage"].any()
 
 

@@ -103,7 +103,7 @@ def test_returns_are_score_minus_kl_minus_penalty(build, gemma_folder):
 def test_kl_is_zero_at_the_start(build):
     trainer = build(max_steps=1, value_warmup_batches=0, num_ppo_epochs=1)
     trainer.train()
-    assert logged(trainer, "objective/kl") == pytest.approx([0], abs=1e-3)
+    assert logged(trainer, "kl") == pytest.approx([0], abs=1e-3)
 
 
 @pytest.mark.parametrize("scores", [None, [100.0, 200.0, 300.0, 700.0, 0.0, 0.0]])
@@ -214,7 +214,7 @@ def test_rewards_are_counted_in_spreads_of_the_hard_prompts_replies(build):
         )
         trainer.train()
         ends.append(prefix_of(trainer))
-        returns.append(logged(trainer, "objective/returns"))
+        returns.append(logged(trainer, "returns"))
         rewards.append(logged(trainer, "reward"))
     torch.testing.assert_close(*ends, rtol=0, atol=1e-3)
     assert returns[0] == pytest.approx(returns[1], abs=1e-3)
@@ -251,7 +251,7 @@ def test_the_first_update_has_ratio_one(build, gemma_folder, settings, dtype):
     before = prefix_of(trainer)
     trainer.train()
     assert len(first) == 3 and all(len(set(lengths)) > 1 for lengths in widths) and max(map(max, widths)) > 64
-    assert torch.cat(first).eq(1).all() and logged(trainer, "val/ratio") == [1, 1, 1]
+    assert torch.cat(first).eq(1).all() and logged(trainer, "policy/ratio") == [1, 1, 1]
     assert (prefix_of(trainer) - before).abs().max() > 0.02
     # So the comparison can fail: after the moves the policy is another one.
     part = plain(trainer.model, inputs_of(trainer)).parts[0]
@@ -439,7 +439,7 @@ def test_a_large_kl_coefficient_holds_the_prefix_back(build):
         settings = EASY | {"kl_coef": kl_coef}
         trainer = build(not_ascii, folder=f"kl-{kl_coef}", contexts=[1] * 16, max_steps=12, **settings)
         trainer.train()
-        drift[kl_coef] = sum(logged(trainer, "objective/kl")[-5:]) / 5
+        drift[kl_coef] = sum(logged(trainer, "kl")[-5:]) / 5
     assert drift[0.0] > 1 and drift[3.0] < drift[0.0] / 3, drift
 
 

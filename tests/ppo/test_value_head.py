@@ -103,6 +103,6 @@ def test_it_learns_beside_a_policy_that_moves(build):
 
     trainer = build(reward, max_steps=25, num_ppo_epochs=1, per_device_train_batch_size=8, contexts=range(24))
     trainer.train()
-    explained, saturated = (logged(trainer, f"val/{name}") for name in ("explained_variance", "saturated"))
+    explained, saturated = (logged(trainer, f"value/{name}") for name in ("explained_variance", "saturated"))
     assert len(explained) == 25 and sum(explained[-5:]) / 5 > 0.6, explained
     assert max(saturated) < 0.1, saturated

@@ -272,6 +272,21 @@ def test_loss_and_accuracy_by_hand(build):
     assert metrics["eval_accuracy"] == pytest.approx(sum(m > 0 for m in held_out) / 6)
 
 
+def test_a_run_in_the_terminal(build, capsys):
+    """Steps and evaluations, in the numbers of the log; one that is asked for later has its own name."""
+    trainer = build(**EVERY_STEP)
+    trainer.train()
+    trainer.evaluate(metric_key_prefix="later")
+    trained, evaluated, *_, end, later = capsys.readouterr().out.splitlines()
+    log = trainer.state.log_history
+    assert trained.startswith(
+        f"step 1 of 2: epoch 0.25, loss {log[0]['loss']:.4f}, accuracy {log[0]['accuracy']:.4f}, "
+    )
+    loss, accuracy = (log[1][f"eval_{name}"] for name in ("loss", "accuracy"))
+    assert evaluated == f"step 1 of 2: epoch 0.25, eval_loss {loss:.4f}, eval_accuracy {accuracy:.4f}"
+    assert end.startswith("step 2 of 2: trained in 00:") and "later_loss" in later
+
+
 def test_prefix_alone_learns_a_rule(build):
     """The reply that asks is better. With its head frozen BERT has only the prefix to learn with."""
     trainer = build(

@@ -33,6 +33,9 @@ class Scripted(WholeCheckpoints):
             push_to_hub=lambda repo, report, **kwargs: self.done.append(f"pushed {repo}"),
         )
 
+    def short_line(self, logs):
+        return f"loss {logs['loss']:.1f}" if "loss" in logs else None
+
     def load_kept(self):
         self.done.append("kept")
 

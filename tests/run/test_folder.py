@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -349,6 +350,20 @@ def test_how_a_run_ends(tmp_path, capfd, case, begins):
     # Nothing of the run is left in the process.
     assert signal.getsignal(signal.SIGTERM) == handler
     assert (LOGGER.handlers, LOGGER.propagate) == logged == ([], True)
+
+
+def test_ctrl_c_is_told_on_a_line_of_its_own(capfd, monkeypatch):
+    """A terminal shows the keys themselves where its cursor is."""
+
+    @run_recipe
+    def main(run, argv=None):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        sys.stderr.write("^C")
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        main()
+    assert capfd.readouterr().err == "^C\ninterrupted by Ctrl-C; nothing was written\n"
 
 
 def test_a_run_that_is_done(tmp_path, capfd):

@@ -1,0 +1,119 @@
+"""What a terminal shows of a run: a line a log step, bars that leave nothing behind, libraries that load in silence."""
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+T = TypeVar("T")
+
+# What libraries warn of though a run can do nothing about it, and nothing is wrong.
+NOISE = [
+    # PEFT 0.21 asks models for it by its old name.
+    (".*is_gradient_checkpointing.*", FutureWarning),
+    # PEFT looks at every save whether the base model has got more tokens; without network it cannot. None adds any.
+    ("Could not find a config file in .* - will assume that the vocabulary was not modified", UserWarning),
+    ("Unable to fetch remote file .* silently ignoring the lookup for the file config.json", UserWarning),
+]
+WEIGHTS_LOAD = 5  # seconds after which a bar says so
+BAR = {"leave": False, "delay": 1}
+# Of a log file, which a bar that is drawn over and over would fill.
+LINES = {"bar_format": "{desc}: {n_fmt} of {total_fmt}, {remaining} left\n", "mininterval": 30}
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Leave out what libraries say of their own working, each by its name. `TRANSFORMERS_VERBOSITY` is obeyed."""
+
+    def later(bar, args, kwargs):
+        return bar(*args, **{"delay": WEIGHTS_LOAD, "leave": False, "disable": None} | kwargs)
+
+    previous = transformers_logging.set_tqdm_hook(later)
+    try:
+        with warnings.catch_warnings():
+            for message, category in NOISE:
+                warnings.filterwarnings("ignore", message, category)
+            yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+def progress_bar(steps: Sequence[T], label: str | None, shown: bool = True) -> Iterator[T]:
+    """Steps with a bar that vanishes at their end; in a log file a line every half minute, with the time left."""
+    how = BAR if sys.stderr.isatty() else BAR | LINES
+    yield from tqdm(steps, desc=label, disable=label is None or not shown, **how)
+
+
+def above_bars() -> AbstractContextManager:
+    """What is printed in it stands on lines of its own, above the bars that are drawn."""
+    return tqdm.external_write_mode() if sys.stderr.isatty() else nullcontext()
+
+
+class TerminalHandler(logging.StreamHandler):
+    """Log lines above the bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One record."""
+        with above_bars():
+            super().emit(record)
+
+
+class OneLinePerLog(ProgressCallback):
+    """Prints one short line where Trainer prints all that it logs, and draws its bar on terminals alone.
+
+    Args:
+        words: makes the line of what is logged; None where there is nothing to say.
+    """
+
+    def __init__(self, words: Callable[[dict[str, float]], str | None]):
+        super().__init__()
+        self.words = words
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """The bar begins at a resumed run's step."""
+        self.began, self.current_step = (time.monotonic(), state.global_step), state.global_step
+        self.training_bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            leave=False,
+            dynamic_ncols=True,
+            disable=args.disable_tqdm or not state.is_world_process_zero or not sys.stderr.isatty(),
+        )
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Trainer's bar."""
+        if not args.disable_tqdm and sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """The line: its step, its words, and after a step of training the time left."""
+        logs = logs or {}
+        took = logs.get("train_runtime")
+        line = self.words(logs) if took is None else f"trained in {tqdm.format_interval(took)}"
+        if line is None or not state.is_world_process_zero:
+            return
+        step, last = state.global_step, state.max_steps
+        place = f"step {step:{len(str(last))}} of {last}: " if last > 0 else ""
+        left = ""
+        if "loss" in logs and step < last:
+            began, at = self.began
+            left = f", {tqdm.format_interval((time.monotonic() - began) / (step - at) * (last - step))} left"
+        with above_bars():
+            print(f"{place}{line}{left}", flush=True)
+
+    def doing(self, what: str) -> None:
+        """Say beside the bar what a long step is at."""
+        if self.training_bar is not None:
+            self.training_bar.set_description(what)
+
+    def close(self) -> None:
+        """Take the bar away, however the training ended."""
+        if self.training_bar is not None:
+            self.training_bar.close()

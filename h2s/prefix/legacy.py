@@ -5,7 +5,9 @@ conversation, which the assistant begins. Here that beginning goes through the f
 the prefix. The tokens that the embeddings were copied from are the hard prompt, the reference.
 """
 
+import errno
 import pickle
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +62,7 @@ class LegacyCheckpoint:
             with warnings.catch_warnings(action="ignore"):  # torch's own remarks on other programs' pickles
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except READING_ERRORS as error:
-            raise InputError(
-                f"legacy_checkpoint {path} cannot be read as a file of tensors ({in_short(error)}): copy it again; "
-                f"where it holds objects of other kinds, torch.save a dict of {EMBEDDINGS} and {TOKENS} alone"
-            ) from error
+            raise InputError(f"legacy_checkpoint {path} cannot be read: {_reason(error)}") from error
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         for key in (EMBEDDINGS, TOKENS):
             if not isinstance(content, dict) or not isinstance(content.get(key), torch.Tensor):
@@ -126,6 +125,18 @@ class LegacyCheckpoint:
                 "template, that it was trained on? Else there is no hard prompt of as many tokens to compare with"
             )
         return LegacyPrefix(self.embeddings, places[0])
+
+
+def _reason(error: BaseException) -> str:
+    """Why torch does not read a file, and what to do. (Its own advice is to let the file run.)"""
+    if isinstance(error, OSError) and error.errno == errno.ENOENT:
+        return "there is no such file"
+    if named := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return (
+            f"beside tensors, numbers and text it holds a {named[1]}, which might run code: where you trust the file, "
+            f"torch.save a dict of its {EMBEDDINGS} and {TOKENS} alone"
+        )
+    return f"it is no checkpoint of torch's, or not whole ({type(error).__name__}): copy it again"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from tiny import HARD_PROMPT, WINDOW, build_tokenizer, save_gemma, turns
@@ -183,14 +184,18 @@ def cut_off(stock, file):
 
 HALF_A_CHARACTER = build_tokenizer().convert_tokens_to_ids("ä")  # the byte 0xE4, with which 你 begins
 NAN = torch.full((3, 32), math.nan)
-UNREADABLE = "cannot be read as a file of tensors"
+UNREADABLE = "cannot be read: it is no checkpoint of torch's, or not whole .* copy it again"
+PROGRAM = (
+    "it holds a .*open, which might run code: where you trust the file, torch.save a dict of its prefix_emb.* alone"
+)
 REFUSED = {
-    "no file": (lambda stock, file: None, UNREADABLE),
+    "no file": (lambda stock, file: None, "cannot be read: there is no such file"),
     "a folder": (lambda stock, file: file.mkdir(), UNREADABLE),
     "empty": (written(b""), UNREADABLE),
     "text": (written(b"epoch_idx: 4\n"), UNREADABLE),
     "cut off": (cut_off, UNREADABLE),
-    "a program": (lambda stock, file: torch.save({"prefix_ids": Trapped(file.parent / "trap")}, file), UNREADABLE),
+    "a program": (lambda stock, file: torch.save({"prefix_ids": Trapped(file.parent / "trap")}, file), PROGRAM),
+    "a number of numpy's": (saved(diff_reward=np.float64(0.25)), "holds a numpy.*scalar, which might run code"),
     "a bare pickle": (lambda stock, file: file.write_bytes(pickle.dumps(Trapped(file.parent / "trap"))), UNREADABLE),
     "a list": (lambda stock, file: torch.save([1], file), "expected a dict with the tensor prefix_emb.*, got list"),
     "a reward model's": (

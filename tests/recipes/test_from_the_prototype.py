@@ -116,9 +116,9 @@ def test_a_checkpoint_brings_its_own_prompt(key, refused, checkpoint):
 
 def test_a_checkpoint_that_is_none(refused, tmp_path):
     (tmp_path / "old.pth").write_bytes(b"PK")
-    for name in ("old.pth", "no/such.pth"):
+    for name, words in (("old.pth", "not whole"), ("no/such.pth", "there is no such file")):
         line = refused("convert_prompt", model={"hard_prompt": ..., "legacy_checkpoint": name})
-        says(line, f"{name} cannot be read as a file of tensors")
+        says(line, f"{name} cannot be read: ", words)
 
 
 def test_a_checkpoint_needs_its_model(refused, checkpoint):

@@ -212,6 +212,8 @@ class PrefixTuningPolicyModel(SavedAdapter):
         prompt = self.prefix.hard_prompt.replace("\n", "\n> ")
         tokens = len(self.prefix.token_ids)
         body = f"A soft prefix of {tokens} virtual tokens. It began as this hard prompt:\n\n> {prompt}\n\n{report}"
+        if words := self.prefix.question_prefix:
+            body += f"\n\nIts chat template puts {words!r} in front of the question that the assistant begins with."
         use = CARD_EXAMPLE.format(source=source, messages=EXAMPLES[self.prefix.first_role])
         base = self.model.peft_config[SOFT].base_model_name_or_path
         write_card(folder, "A system prompt as a soft prefix", base, body.strip(), use, "text-generation", [])

@@ -90,6 +90,7 @@ def test_kept_in_h2s_json(gemma_folder, tmp_path):
     policy.save_pretrained(tmp_path)
     opened = PrefixTuningPolicyModel.open(tmp_path)
     assert json.loads((tmp_path / "h2s.json").read_text(encoding="utf-8"))["question_prefix"] == "Q: "
+    assert "puts 'Q: ' in front of the question" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert opened.prefix == policy.prefix
     (ids,) = opened.encode([conversation("how?")], 1)
     assert opened.with_question_prefix(None).encode([conversation("how?")], 1) == [ids]

@@ -35,6 +35,7 @@ def main(run, argv: list[str] | None = None) -> None:
     ########
     contexts = load_contexts(data_args.require("path", "dataset"))
     opened = PrefixTuningPolicyModel.open(model_args.require("policy_adapter", "model"))
+    opened = opened.with_question_prefix(data_args.question_prefix)
     blinded_sheet.check_fits_cells(contexts["prompt"])
     opened.encode(contexts["prompt"], args.max_completion_length)  # each can be answered
     if data_args.split == "test":

@@ -1,6 +1,7 @@
-"""Turn a hard prompt into a soft prefix equal to it; seconds, no training.
+"""Turn a hard prompt into a soft prefix equal to it, or a checkpoint of hardPrompt2softPrompt; seconds, no training.
 
 python recipes/convert_prompt.py --config recipes/embedded/convert.yaml
+python recipes/convert_prompt.py --model_name_or_path google/gemma-3-1b-it --legacy_checkpoint old.pth
 """
 
 import logging
@@ -9,7 +10,7 @@ import time
 from h2s import InputError, PrefixTuningPolicyModel
 from h2s.models import resolve_dtype
 from h2s.prefix.opened import open_policy
-from h2s.run.arguments import ConvertArguments, HardPromptArguments, NoArguments
+from h2s.run.arguments import ConvertArguments, ConvertModelArguments, QuestionArguments
 from h2s.run.folder import run_recipe
 from h2s.run.recipe import parse_recipe
 
@@ -19,15 +20,23 @@ logger = logging.getLogger("h2s")
 TOLERANCE = 1e-4
 
 
+def difference_to_original(policy, opened) -> float:
+    """Of the largest logit: what a conversion may differ by is rounding."""
+    if opened.legacy is None:
+        return policy.difference_to_hard_prompt()
+    return policy.difference_to_legacy(opened.legacy)
+
+
 @run_recipe
 def main(run, argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_recipe(HardPromptArguments, NoArguments, ConvertArguments, argv)
+    model_args, data_args, args = parse_recipe(ConvertModelArguments, QuestionArguments, ConvertArguments, argv)
     started = time.time()
 
     #########
     # Model #
     #########
-    opened = open_policy(model_args)
+    legacy_file = model_args.legacy_checkpoint
+    opened = open_policy(model_args, legacy_checkpoint=legacy_file, question_prefix=data_args.question_prefix)
     folder = run.start(model_args, data_args, args)
 
     ###########
@@ -35,19 +44,23 @@ def main(run, argv: list[str] | None = None) -> None:
     ###########
     # State equality is shown in float32, whatever the model will run in; bf16's own noise is reported beside it.
     policy = PrefixTuningPolicyModel.load(opened, "float32", model_args.attn_implementation)
-    difference = policy.difference_to_hard_prompt()
+    original = "the hard prompt" if opened.legacy is None else "the prototype's own forward"
+    difference = difference_to_original(policy, opened)
     logger.info("%d virtual tokens", len(policy.prefix.token_ids))
-    logger.info("soft minus hard in float32: %.2g of the largest logit (limit %g)", difference, TOLERANCE)
+    logger.info("prefix minus %s in float32: %.2g of the largest logit (limit %g)", original, difference, TOLERANCE)
     if difference > TOLERANCE:
-        raise InputError(
-            f"the prefix does not equal the hard prompt ({difference:.2g} > {TOLERANCE}): is it a Gemma 3?"
-        )
-    measured = f"Largest logit difference to the hard prompt, relative to the largest logit: float32 {difference:.2g}"
+        raise InputError(f"the prefix does not equal {original} ({difference:.2g} > {TOLERANCE}): is it a Gemma 3?")
+    measured = f"Largest logit difference to {original}, relative to the largest logit: float32 {difference:.2g}"
     if str(resolve_dtype(model_args.dtype)) == "torch.bfloat16":
         low = PrefixTuningPolicyModel.load(opened, "bfloat16", model_args.attn_implementation)
-        low_difference = low.difference_to_hard_prompt()
+        low_difference = difference_to_original(low, opened)
         logger.info("the same in bfloat16: %.2g (rounding noise)", low_difference)
         measured += f", bfloat16 {low_difference:.2g}"
+    if opened.legacy is not None:
+        to_hard_prompt = policy.difference_to_hard_prompt()
+        logger.info("soft minus its hard prompt in float32: %.2g of the largest logit", to_hard_prompt)
+        logger.info("its value head is not taken: the one here is another network, which train_policy.py trains first")
+        measured += f"; to its hard prompt: float32 {to_hard_prompt:.2g}"
 
     ########
     # Save #

@@ -24,14 +24,14 @@ DEFAULTS = {"eval_strategy": "steps"}  # there always are contexts that select
 @run_recipe
 def main(run, argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(
-        arguments.PolicyModelArguments, arguments.DatasetArguments, SingleStepPPOConfig, argv, **DEFAULTS
+        arguments.PolicyModelArguments, arguments.PolicyDatasetArguments, SingleStepPPOConfig, argv, **DEFAULTS
     )
 
     ########
     # Data #
     ########
     contexts = load_contexts(data_args.require("path", "dataset"))
-    opened = open_policy(model_args, model_args.prefix_adapter)
+    opened = open_policy(model_args, model_args.prefix_adapter, question_prefix=data_args.question_prefix)
     model_args.check_reward()
     scorers = open_scorers(model_args.reward_adapter, model_args.judge_adapter, model_args.reward_function)
     opened.encode(contexts["prompt"], args.max_completion_length)  # each can be answered

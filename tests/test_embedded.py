@@ -3,16 +3,19 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import ROOT
 
 from h2s import PrefixTuningPolicyModel
-from h2s.models import resolve_embedded
+from h2s.models import load_tokenizer, resolve_embedded
 from h2s.prefix.chat_template import ChatPrefix
 from h2s.prefix.generation import Batch, Sampling
 
@@ -82,6 +85,25 @@ def test_converted_prompt_is_the_hard_prompt_for_plain_peft(sentences, opening, 
     assert result["prefix"] == len(prefix.token_ids) and (result["prefix"] > 512) == (sentences == 34)
     assert result["difference"] < 1e-3
     assert result["said"] == result["expected"]
+
+
+def test_checkpoint_of_the_prototype(tmp_path):
+    """Gemma's own embeddings, sqrt(640) times the table's rows, moved as training might: the recipe measures itself."""
+    source = resolve_embedded("embedded:gemma-3-270m")
+    with safe_open(Path(source) / "model.safetensors", "pt") as weights:
+        ids = load_tokenizer(source)(SENTENCE * 6, add_special_tokens=False).input_ids
+        embeddings = weights.get_tensor("model.embed_tokens.weight")[ids] * 640**0.5
+    for moved, name in ((0, "untrained"), (0.1, "trained")):
+        soft = embeddings + moved * embeddings.std() * torch.randn(embeddings.shape)
+        content = {"prefix_embeddings_state_dict": soft, "prefix_ids": torch.tensor([ids])}
+        torch.save(content, tmp_path / "old.pth")
+        run("convert_prompt", "--model_name_or_path", "embedded:gemma-3-270m", "--legacy_checkpoint",
+            tmp_path / "old.pth", "--output_dir", tmp_path, "--run_name", name)  # fmt: skip
+        to_hard = re.search(
+            r"hard prompt: float32 (\S+)\.", (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        )
+        assert (float(to_hard[1]) > 1e-3) == (moved > 0)
+        assert len(ChatPrefix.load(tmp_path / name).token_ids) > len(ids)
 
 
 def test_first_pass_ratio_is_one_and_replies_end():

@@ -60,21 +60,20 @@ def prefix_from_hard_prompt(base: PreTrainedModel, token_ids: list[int], revisio
 
 def fill_with_tokens(model: PeftModel, token_ids: list[int], adapter: str = SOFT) -> None:
     """Make a prefix of the model equal to the given tokens, as the model in its present dtype reads them."""
-    cache = prefill(model.get_base_model(), token_ids)
-    initialize_kv_prefix_from_past_key_values(model, adapter_name=adapter, past_key_values=cache)
+    fill(model, {"input_ids": torch.tensor([token_ids], device=model.device)}, adapter)
 
 
 @torch.no_grad()
-def prefill(base: PreTrainedModel, token_ids: list[int]) -> DynamicCache:
-    """The KV cache of some tokens, every layer keeping all of them.
+def fill(model: PeftModel, inputs: dict[str, torch.Tensor], adapter: str = SOFT) -> None:
+    """Make a prefix of the model equal to P tokens: `input_ids` of shape (1, P), or `inputs_embeds` (1, P, hidden).
 
-    A cache made from the model's configuration would drop what lies beyond the sliding window, and a prompt longer
-    than it could not be read back; `get_prompt` cuts the sliding layers itself when the prefix is used.
+    It is their KV cache, every layer keeping all of them. A cache made from the model's configuration would drop what
+    lies beyond the sliding window, and a prompt longer than it could not be read back; `get_prompt` cuts the sliding
+    layers itself when the prefix is used.
     """
-    ids = torch.tensor([token_ids], device=base.device)
     cache = DynamicCache()
-    base(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
+    model.get_base_model()(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    initialize_kv_prefix_from_past_key_values(model, adapter_name=adapter, past_key_values=cache)
 
 
 def add_hard_prompt(model: PeftModel, token_ids: list[int]) -> None:

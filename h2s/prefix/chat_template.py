@@ -25,14 +25,15 @@ from h2s.errors import InputError
 logger = logging.getLogger(__name__)
 
 H2S_FILE = "h2s.json"
-
+# What it means where an adapter from before these keys does not say it.
+MADE_BEFORE: dict[str, Any] = {"chat_template_kwargs": {}, "start": None, "seen": [UNKNOWN], "question_prefix": ""}
 
 # Conversations that begin in unlike ways: what all their renderings share is the prefix.
 PROBES = ("Hello there", "你好", "7 days", "(well)", "'s", "élan", "zebra", "🙂")
 # What a template's own expressions raise, beside Jinja's errors and the sandbox's.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # No settings of a template: what `render` and transformers take themselves, and what the wrapper sets.
-TAKEN_NAMES = {"tokenizer", "messages", "rendered"} | inspect.signature(
+TAKEN_NAMES = {"tokenizer", "messages", "rendered", "question", "asked"} | inspect.signature(
     PreTrainedTokenizerBase.apply_chat_template
 ).parameters.keys()
 
@@ -51,6 +52,7 @@ class ChatPrefix:
         chat_template_kwargs: settings of the model's own template, such as Qwen 3's `enable_thinking`.
         start: the fingerprint of the soft prefix when it was converted (`h2s.prefix.adapter.fingerprint`).
         seen: ids of the conversations that trained or selected the adapter, its rewards and its judges.
+        question_prefix: words in front of the question that the assistant begins with (`h2s.prefix.question_prefix`).
     """
 
     hard_prompt: str
@@ -60,6 +62,7 @@ class ChatPrefix:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     seen: list[str] = field(default_factory=list)
+    question_prefix: str = ""
 
     @property
     def first_role(self) -> str:
@@ -86,11 +89,9 @@ class ChatPrefix:
         if not file.is_file():
             raise InputError(f"{folder} is not a policy adapter made by h2s: it holds no {H2S_FILE}")
         try:
-            fields = {"chat_template_kwargs": {}, "start": None, "seen": [UNKNOWN]} | json.loads(
-                file.read_text(encoding="utf-8")
-            )
+            fields = MADE_BEFORE | json.loads(file.read_text(encoding="utf-8"))
             prefix = cls(**{name: fields[name] for name in cls.__dataclass_fields__})
-            texts = [prefix.hard_prompt, prefix.text, prefix.first_role]
+            texts = [prefix.hard_prompt, prefix.text, prefix.first_role, prefix.question_prefix]
             if not all(isinstance(t, str) for t in texts) or not all(isinstance(i, int) for i in prefix.token_ids):
                 raise TypeError
             if not isinstance(prefix.chat_template_kwargs, dict) or not isinstance(prefix.seen, list):
@@ -262,8 +263,8 @@ def wrap_chat_template(tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix) -
     )
     tokenizer.chat_template = (
         f"{settings}{refusals}"
-        f"{{%- set messages = {_jinja_text(prefix.opening_messages)} + messages -%}}{{%- set rendered %}}\n{original}"
-        f"{{%+ endset -%}}{{%- if rendered[:{len(prefix.text)}] != {_jinja_text(prefix.text)} -%}}"
+        f"{{%- set messages = {as_jinja_text(prefix.opening_messages)} + messages -%}}{{%- set rendered %}}\n{original}"
+        f"{{%+ endset -%}}{{%- if rendered[:{len(prefix.text)}] != {as_jinja_text(prefix.text)} -%}}"
         "{{- raise_exception('the conversation does not begin as the hard prompt that this adapter holds: its chat "
         "template renders the system message elsewhere in it, or was changed') -}}{%- endif -%}"
         f"{{{{- rendered[{len(prefix.text)}:] -}}}}"
@@ -272,7 +273,7 @@ def wrap_chat_template(tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix) -
     tokenizer.add_bos_token = tokenizer.add_eos_token = False
 
 
-def _jinja_text(value: Any) -> str:
+def as_jinja_text(value: Any) -> str:
     """JSON as Jinja reads it. Not escaped: it would read an escaped surrogate pair as two characters."""
     return json.dumps(value, ensure_ascii=False)
 
@@ -290,7 +291,7 @@ def _as_jinja(settings: dict[str, Any]) -> dict[str, str]:
                 "chat_template_kwargs must map the template's own settings to text, numbers, true or false, got "
                 f"{name!r}: {value!r}"
             )
-    return {name: _jinja_text(value) for name, value in settings.items()}
+    return {name: as_jinja_text(value) for name, value in settings.items()}
 
 
 def encode_prompts(

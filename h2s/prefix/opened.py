@@ -1,7 +1,7 @@
 """A policy before its weights load: configuration, tokenizer and prefix, and contexts checked against them."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,11 +9,14 @@ from peft import TaskType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from h2s.data.messages import Messages
+from h2s.data.splits import UNKNOWN
 from h2s.errors import InputError
 from h2s.hub import adapter_folder
 from h2s.models import load_config, load_tokenizer, model_source, room_for_text
 from h2s.prefix.adapter import read_adapter_config
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
+from h2s.prefix.legacy import OPENING_USER_MESSAGE, QUESTION_PREFIX, LegacyCheckpoint, LegacyPrefix
+from h2s.prefix.question_prefix import with_question_prefix
 from h2s.run.arguments import HardPromptArguments, read_hard_prompt
 from h2s.run.settings import NO_DEVICE_MAP
 
@@ -28,8 +31,9 @@ class OpenedPolicy:
         config: its configuration.
         tokenizer: its tokenizer, with the wrapped chat template.
         prefix: what the soft prefix stands for.
-        adapter: the folder with the prefix's weights; None where it is still to be made from the hard prompt.
+        adapter: the folder with the prefix's weights; None where it is still to be made.
         download: `token` and `cache_dir`.
+        legacy: what it is to be made from in place of the hard prompt: embeddings of the prototype's.
     """
 
     source: str
@@ -39,6 +43,7 @@ class OpenedPolicy:
     prefix: ChatPrefix
     adapter: str | None = None
     download: dict[str, Any] = field(default_factory=dict)
+    legacy: LegacyPrefix | None = None
 
     def encode(self, contexts: Sequence[Messages], max_completion_length: int) -> list[list[int]]:
         """The token ids that follow the prefix for each context; none is too long for a completion beside it.
@@ -47,6 +52,17 @@ class OpenedPolicy:
             InputError: a context cannot be answered with this prefix; it is named by its place, counted from 1.
         """
         return encode_beside(self.tokenizer, self.prefix, self.config, contexts, max_completion_length)
+
+    def with_question_prefix(self, words: str | None) -> "OpenedPolicy":
+        """The same with these words in front of the assistant's question; None leaves those that it has.
+
+        Raises:
+            InputError: with this policy a conversation begins with the user, or they spell out a special token.
+        """
+        if words is None:
+            return self
+        tokenizer, prefix = with_question_prefix(self.tokenizer, self.prefix, words)
+        return replace(self, tokenizer=tokenizer, prefix=prefix)
 
 
 def open_hard_prompt(
@@ -65,14 +81,50 @@ def open_hard_prompt(
     check_download(download)
     source = model_source(model)
     tokenizer = load_tokenizer(source, revision, **download)
-    prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
     config = load_config(source, revision, **download)
+    prefix = _take_prompt(tokenizer, config, hard_prompt, opening_user_message, chat_template_kwargs)
+    return OpenedPolicy(source, revision, config, tokenizer, prefix, download=download)
+
+
+def open_legacy(
+    model: str,
+    legacy_checkpoint: str | Path,
+    revision: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> OpenedPolicy:
+    """Open a policy that is to be made from a checkpoint of the prototype's, its hard prompt beside it.
+
+    Questions get the prototype's words in front (`with_question_prefix("")` leaves them out), and what it has seen is
+    unknown.
+
+    Raises:
+        InputError: the model or the checkpoint cannot be used, or they do not belong together.
+    """
+    checkpoint = LegacyCheckpoint.read(legacy_checkpoint)
+    source = model_source(model)
+    tokenizer, config = load_tokenizer(source, revision), load_config(source, revision)
+    hard_prompt = checkpoint.hard_prompt(tokenizer, config)
+    prefix = _take_prompt(tokenizer, config, hard_prompt, OPENING_USER_MESSAGE, chat_template_kwargs)
+    legacy = checkpoint.placed(prefix.token_ids)
+    opened = OpenedPolicy(source, revision, config, tokenizer, replace(prefix, seen=[UNKNOWN]), legacy=legacy)
+    return opened.with_question_prefix(QUESTION_PREFIX)
+
+
+def _take_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    hard_prompt: str,
+    opening_user_message: str | None,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> ChatPrefix:
+    """Find the prompt's prefix, which leaves the model room, and wrap the tokenizer's chat template."""
+    prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
     if room_for_text(config, len(prefix.token_ids)) < 1:
         raise InputError(
             f"the hard prompt is {len(prefix.token_ids)} tokens long and leaves the model no room for a reply"
         )
     wrap_chat_template(tokenizer, prefix)
-    return OpenedPolicy(source, revision, config, tokenizer, prefix, download=download)
+    return prefix
 
 
 def open_adapter(folder_or_hub_id: str | Path, revision: str | None = None, **download: Any) -> OpenedPolicy:
@@ -102,31 +154,40 @@ def check_download(download: Collection[str]) -> None:
             raise InputError(f"{name} is not taken" + (f": {NO_DEVICE_MAP}" if name == "device_map" else ""))
 
 
-def open_policy(arguments: HardPromptArguments, prefix_adapter: str | None = None) -> OpenedPolicy:
-    """Open what a recipe names: a prefix adapter, or else its model and hard prompt.
+def open_policy(
+    arguments: HardPromptArguments,
+    prefix_adapter: str | None = None,
+    legacy_checkpoint: str | None = None,
+    question_prefix: str | None = None,
+) -> OpenedPolicy:
+    """Open what a recipe names: a prefix adapter, a checkpoint of the prototype's, or else a model and hard prompt.
 
     Raises:
-        InputError: it names both or neither, or what it names cannot be used.
+        InputError: it names too much or too little, or what it names cannot be used.
     """
-    if prefix_adapter is None:
-        return open_hard_prompt(
-            arguments.require("model_name_or_path", "model"),
-            read_hard_prompt(arguments),
-            arguments.opening_user_message,
-            arguments.model_revision,
-            cast(dict | None, arguments.chat_template_kwargs),  # its __post_init__ has read a text
-        )
-    for key in (
-        "model_name_or_path",
-        "model_revision",
-        "hard_prompt",
-        "hard_prompt_file",
-        "opening_user_message",
-        "chat_template_kwargs",
-    ):
+    settings = cast(dict | None, arguments.chat_template_kwargs)  # its __post_init__ has read a text
+    prompt = ["hard_prompt", "hard_prompt_file", "opening_user_message"]
+    if prefix_adapter is not None:
+        _leave_out(arguments, "prefix_adapter", "model_name_or_path", "model_revision", *prompt, "chat_template_kwargs")
+        return open_adapter(prefix_adapter).with_question_prefix(question_prefix)
+    if legacy_checkpoint is not None:
+        _leave_out(arguments, "legacy_checkpoint", *prompt)
+        model = arguments.require("model_name_or_path", "model")
+        opened = open_legacy(model, legacy_checkpoint, arguments.model_revision, settings)
+        return opened.with_question_prefix(question_prefix)
+    return open_hard_prompt(
+        arguments.require("model_name_or_path", "model"),
+        read_hard_prompt(arguments),
+        arguments.opening_user_message,
+        arguments.model_revision,
+        settings,
+    ).with_question_prefix(question_prefix)
+
+
+def _leave_out(arguments: HardPromptArguments, source: str, *keys: str) -> None:
+    for key in keys:
         if getattr(arguments, key) is not None:
-            raise InputError(f"prefix_adapter brings its own {key}: leave {key} out")
-    return open_adapter(prefix_adapter)
+            raise InputError(f"{source} brings its own {key}: leave {key} out")
 
 
 def encode_beside(

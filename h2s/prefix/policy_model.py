@@ -1,10 +1,11 @@
 """A policy for use: a chat model with a soft prefix, made from a hard prompt or from an adapter."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from h2s.prefix.adapter import (
     HARD,
     SOFT,
     add_hard_prompt,
+    fill,
     fill_with_tokens,
     fingerprint,
     hard_prompt_active,
@@ -31,12 +33,12 @@ from h2s.prefix.adapter import (
 )
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
 from h2s.prefix.generation import Sampling, decode, seeded, stop_token_ids
+from h2s.prefix.legacy import LegacyPrefix
 from h2s.prefix.opened import OpenedPolicy, check_download, encode_beside, open_adapter, open_hard_prompt
 from h2s.prefix.policy_module import PolicyModule
+from h2s.prefix.question_prefix import with_question_prefix
 from h2s.run.settings import NO_DEVICE_MAP
 
-# The prototype put these words in front of every question ("all right, the question is:").
-QUESTION_PREFIX = "好的，題目如下："
 # What `generate` sets itself, and the argument that says it.
 OWN_ARGUMENTS = {
     "max_new_tokens": "max_completion_length",
@@ -92,6 +94,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
         hard_prompt: str,
         opening_user_message: str | None = None,
         *,
+        question_prefix: str = "",
         tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         revision: str | None = None,
@@ -106,6 +109,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
             model: a folder, a Hub name, `embedded:gemma-3-270m`, or a model that is loaded already; it is frozen.
             hard_prompt: the system prompt.
             opening_user_message: a user message before conversations that begin with the assistant.
+            question_prefix: words in front of the question that these begin with (`h2s.prefix.question_prefix`).
             tokenizer: of a loaded model; by default the one of the name that it was loaded from.
             chat_template_kwargs: settings of the model's chat template, such as Qwen 3's `enable_thinking`.
             revision: of the model on the Hub.
@@ -123,7 +127,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
             opened = open_hard_prompt(
                 str(model), hard_prompt, opening_user_message, revision, chat_template_kwargs, **download
             )
-            return cls.load(opened, dtype, attn_implementation, device)
+            return cls.load(opened.with_question_prefix(question_prefix), dtype, attn_implementation, device)
         if not isinstance(model, PreTrainedModel):
             raise InputError(f"model must be a name or a transformers model, got a {type(model).__name__}")
         check_download(download)
@@ -135,6 +139,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
         tokenizer = deepcopy(tokenizer) if tokenizer else load_tokenizer(model.name_or_path, revision, **download)
         prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
         wrap_chat_template(tokenizer, prefix)
+        tokenizer, prefix = with_question_prefix(tokenizer, prefix, question_prefix)
         model = model.requires_grad_(False).eval().to(device or PartialState().device)
         return cls._converted(model, tokenizer, prefix, revision)
 
@@ -180,10 +185,13 @@ class PrefixTuningPolicyModel(SavedAdapter):
         """The second step of both: the base model's weights, and the adapter's or the hard prompt's own prefix."""
         base = load_base_model(opened.source, opened.revision, dtype, attn_implementation, **opened.download)
         base = base.to(device or PartialState().device)
-        if opened.adapter is None:
+        if opened.legacy is None and opened.adapter is None:
             return cls._converted(base, opened.tokenizer, opened.prefix, opened.revision)
         model, prefix = random_prefix(base, len(opened.prefix.token_ids), opened.revision), opened.prefix
-        load_weights(model, opened.adapter)
+        if opened.adapter is not None:
+            load_weights(model, opened.adapter)
+        elif opened.legacy is not None:
+            fill(model, opened.legacy.inputs(base, prefix.token_ids))
         if prefix.start == fingerprint(model):
             # Nothing has trained it: converted again it equals the hard prompt in this model's dtype too.
             fill_with_tokens(model, prefix.token_ids)
@@ -204,22 +212,31 @@ class PrefixTuningPolicyModel(SavedAdapter):
         prompt = self.prefix.hard_prompt.replace("\n", "\n> ")
         tokens = len(self.prefix.token_ids)
         body = f"A soft prefix of {tokens} virtual tokens. It began as this hard prompt:\n\n> {prompt}\n\n{report}"
+        if words := self.prefix.question_prefix:
+            body += f"\n\nIts chat template puts {words!r} in front of the question that the assistant begins with."
         use = CARD_EXAMPLE.format(source=source, messages=EXAMPLES[self.prefix.first_role])
         base = self.model.peft_config[SOFT].base_model_name_or_path
         write_card(folder, "A system prompt as a soft prefix", base, body.strip(), use, "text-generation", [])
 
-    @torch.no_grad()
     def difference_to_hard_prompt(self) -> float:
         """The largest difference of a logit between the prefix and the hard prompt as text, on an example conversation.
 
         Relative to the largest logit: 1e-6 is float32's rounding.
         """
+        return self._difference(lambda ids: {"input_ids": torch.tensor([ids], device=self.model.device)})
+
+    def difference_to_legacy(self, legacy: LegacyPrefix) -> float:
+        """The same between the prefix and the prototype's own forward, all in one pass."""
+        return self._difference(partial(legacy.inputs, self.model.get_base_model()))
+
+    @torch.no_grad()
+    def _difference(self, inputs: Callable[[list[int]], dict[str, torch.Tensor]]) -> float:
+        """Between the prefix and what the base model makes of `inputs(token ids of the whole)`."""
         (prompt,) = self.encode([parse_messages(EXAMPLES[self.prefix.first_role])], 1)
-        base, device = self.model.get_base_model(), self.model.device
-        text = torch.tensor([self.prefix.token_ids + prompt], device=device)
-        soft = self.model(torch.tensor([prompt], device=device)).logits[0].float()  # (T, V)
-        hard = base(text, logits_to_keep=len(prompt)).logits[0].float()
-        return ((soft - hard).abs().max() / hard.abs().max()).item()
+        soft = self.model(torch.tensor([prompt], device=self.model.device)).logits[0].float()  # (T, V)
+        whole = self.model.get_base_model()(**inputs(self.prefix.token_ids + prompt), logits_to_keep=len(prompt))
+        expected = whole.logits[0].float()
+        return ((soft - expected).abs().max() / expected.abs().max()).item()
 
     def add_hard_prompt(self) -> None:
         """Add the hard prompt as a second, frozen prefix, if it is not there yet."""
@@ -302,7 +319,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
         conversation_history: list[dict[str, Any]],
         temperature: float = 0.7,
         max_completion_length: int = 128,
-        question_prefix: str = QUESTION_PREFIX,
+        question_prefix: str | None = None,
     ) -> list[dict[str, Any]]:
         """Reply as the prototype did: the question stands as the conversation's first message, the assistant's.
 
@@ -311,7 +328,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
             conversation_history: the messages after it, contents as text or `[{"type": "text", "text": …}]`.
             temperature: 0 is greedy.
             max_completion_length: most tokens of the reply.
-            question_prefix: words in front of the question.
+            question_prefix: words in front of the question, in place of the adapter's own (`h2s.json`).
 
         Returns:
             The history with the reply appended, in the form `[{"type": "text", "text": …}]`, without the question.
@@ -325,7 +342,9 @@ class PrefixTuningPolicyModel(SavedAdapter):
                 "generate_response begins the conversation with the assistant's question, which this adapter cannot: "
                 "convert the prompt with an opening_user_message"
             )
-        question = {"role": "assistant", "content": question_prefix + asked_question}
-        conversation = parse_messages([question, *conversation_history])
-        text = self.reply(conversation, max_completion_length=max_completion_length, temperature=temperature)
+        policy = copy(self)
+        if question_prefix is not None:
+            policy.tokenizer, policy.prefix = with_question_prefix(self.tokenizer, self.prefix, question_prefix)
+        conversation = parse_messages([{"role": "assistant", "content": asked_question}, *conversation_history])
+        text = policy.reply(conversation, max_completion_length=max_completion_length, temperature=temperature)
         return [*conversation_history, {"role": "assistant", "content": [{"type": "text", "text": text}]}]

@@ -65,6 +65,13 @@ class HardPromptArguments(Section):
 
 
 @dataclass
+class ConvertModelArguments(HardPromptArguments):
+    """A model and a prompt; or, in the prompt's place, a checkpoint of hardPrompt2softPrompt."""
+
+    legacy_checkpoint: str | None = _setting("A policy's .pth of hardPrompt2softPrompt; it brings its hard prompt.")
+
+
+@dataclass
 class PolicyModelArguments(HardPromptArguments):
     """A hard prompt, or a prefix adapter made before; and the reward."""
 
@@ -111,8 +118,12 @@ class CompareModelArguments(AdapterArguments):
 
 
 @dataclass
-class NoArguments:
-    """An empty section."""
+class QuestionArguments(Section):
+    """What stands in front of contexts that begin with the assistant."""
+
+    question_prefix: str | None = _setting(
+        "Words in front of the assistant's opening question, for the model alone; none: those of the adapter, if any."
+    )
 
 
 @dataclass
@@ -140,7 +151,12 @@ class RewardDatasetArguments(DatasetArguments):
 
 
 @dataclass
-class CompareDatasetArguments(DatasetArguments):
+class PolicyDatasetArguments(QuestionArguments, DatasetArguments):
+    """The contexts, how they are split, and what stands in front of them."""
+
+
+@dataclass
+class CompareDatasetArguments(PolicyDatasetArguments):
     """The contexts and which of them are compared; or a sheet that people have filled in."""
 
     split: Literal["test", "all"] = _setting("The held-out part, or all; of both what no model has seen.", "test")

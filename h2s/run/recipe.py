@@ -27,12 +27,21 @@ INPUT_PATHS = (
     "hard_prompt_file",
     "model_name_or_path",
     "reward_model_name_or_path",
+    "legacy_checkpoint",
     "prefix_adapter",
     "policy_adapter",
     "reward_adapter",
     "judge_adapter",
     "judged",
 )
+# Keys of hardPrompt2softPrompt's YAML that are no recipe's here.
+PROTOTYPE_KEYS = {
+    *("reward_model", "reward_model_path", "bert_name", "prefix_length", "PPO_mode", "tokenizer_max_length"),
+    *("policy_model", "policy_model_path", "policy_model_name", "prefix_prompt", "min_response_length"),
+    *("grad_checkpointing", "torch_dtype", "data_path", "split_ratio", "root_path", "num_epoch", "batch_size_train"),
+    *("batch_size_eval", "mini_batch", "sample_loop", "max_lr", "pct_start", "anneal_strategy", "clip_epsilon"),
+    *("max_kl", "valueL_coef", "klL_coef", "entropyL_coef", "use_kl", "device", "output_path"),
+}
 # PyYAML's own, and what its constructors raise: of 2024-13-45 a ValueError, of `!!bool many` a KeyError.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
@@ -141,7 +150,14 @@ def split_mismatch(path: Path, dataset: Any) -> str | None:
 def _read_settings(path: Path, fields: dict[str, tuple[str, Any]], parser: _Parser) -> dict[str, Any]:
     """Read the YAML as one flat mapping, each key in its section, each value as its flag would give it."""
     flat: dict[str, Any] = {}
-    for section, keys in _read_yaml(path).items():
+    content = _read_yaml(path)
+    named = {str(key) for keys in content.values() if isinstance(keys, dict) for key in keys}
+    if prototypes := sorted((named & PROTOTYPE_KEYS) - fields.keys()):
+        raise InputError(
+            f"{path} has keys of hardPrompt2softPrompt ({', '.join(prototypes)}): README's table \"Coming from "
+            'hardPrompt2softPrompt" says where each is now'
+        )
+    for section, keys in content.items():
         if section not in SECTIONS:
             near = _nearest(str(section), SECTIONS)
             raise InputError(f"{path}: unknown section {section!r}; expected {', '.join(SECTIONS)}{near}")

@@ -24,7 +24,7 @@ from h2s.run.arguments import (
     CompareModelArguments,
     ConvertArguments,
     HardPromptArguments,
-    NoArguments,
+    QuestionArguments,
 )
 from h2s.run.recipe import parse_recipe
 
@@ -221,9 +221,9 @@ def test_a_sheet_in_json(folder, rows):
 
 
 RECIPES = (
-    (HardPromptArguments, NoArguments, ConvertArguments),
+    (HardPromptArguments, QuestionArguments, ConvertArguments),
     (CompareModelArguments, CompareDatasetArguments, CompareArguments),
-    (HardPromptArguments, NoArguments, SingleStepPPOConfig),
+    (HardPromptArguments, QuestionArguments, SingleStepPPOConfig),
 )
 KEYS = st.sampled_from(["model", "dataset", "task", "hard_prompt", "path", "seed", "temperature", "run_name", "lr"])
 YAML_TEXT = made_of(*"{}[]:-?&*!|>%@`'\",# \n\ta1é\0", "task:", "\n  ", "!!", "<<: ", "0x", "2024-", "seed: ", most=25)

@@ -6,7 +6,7 @@ from ppo.runs import contexts_of, varied
 from tiny import HARD_PROMPT, sample_context
 from transformers import AutoTokenizer
 
-from h2s import InputError, SingleStepPPOConfig
+from h2s import InputError, PrefixTuningPolicyModel, SingleStepPPOConfig
 from h2s.ppo.contexts import as_columns, check_run, encode_contexts, selection_metric
 from h2s.reward.functions import RewardFunctions
 
@@ -26,6 +26,16 @@ def test_tokens_are_what_follows_the_hard_prompt(policy, gemma_folder):
         whole = [{"role": "system", "content": HARD_PROMPT}, *context]
         text = plain.apply_chat_template(whole, add_generation_prompt=True, tokenize=False)
         assert policy.prefix.token_ids + ids == plain(text, add_special_tokens=False).input_ids
+
+
+def test_the_question_prefix_is_for_the_model_alone(gemma_folder):
+    """It is in the tokens; rewards are handed the messages, as the file has them."""
+    context = [{"role": "assistant", "content": "how?"}, {"role": "user", "content": "good"}]
+    rows, tokenizer = Dataset.from_dict({"prompt": [context]}), AutoTokenizer.from_pretrained(gemma_folder)
+    policy = PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT, "start", question_prefix="Q: ")
+    encoded = encode_contexts(rows, "train_dataset", policy, 8)
+    assert encoded["prompt"][:] == [context]
+    assert tokenizer.decode(encoded["prompt_ids"][0]).startswith("Q: how?<end_of_turn>")
 
 
 def test_tokens_that_are_there_already_are_made_anew(policy):

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 
 from h2s import InputError, PrefixTuningPolicyModel
 from h2s.prefix.adapter import HARD, SOFT, fingerprint, hard_prefix, soft_prefix
-from h2s.prefix.policy_model import QUESTION_PREFIX as PREFIX
 
 NEW_TOKENS = 6
 SHORT = ["hi", "I like tea.", [{"role": "user", "content": "hi"}], "[1, 2]", '{"a": 1}']
@@ -301,7 +300,8 @@ def test_the_card_quotes_the_whole_prompt_and_names_no_folder_of_this_machine(ta
 
 @pytest.mark.parametrize("parts", [False, True])
 def test_generate_response(talkative, stock, parts):
-    policy = from_hard_prompt(talkative, HARD_PROMPT, "start")
+    """The question gets the adapter's own words in front, or those of the call."""
+    policy = from_hard_prompt(talkative, HARD_PROMPT, "start", question_prefix="題目：")
     texts = ["Good walk.", "and you?", "How long?"]
     roles = ["user", "assistant", "user"]
     history = [
@@ -317,8 +317,14 @@ def test_generate_response(talkative, stock, parts):
         text = answer(stock, under(HARD_PROMPT, plain, *front))
         return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
-    assert answered[-1] == expected(f"{PREFIX}How was it?") and PREFIX == "好的，題目如下："
-    assert policy.generate_response("How was it?", history, question_prefix="", **asked)[-1] == expected("How was it?")
+    replies = {words: expected(f"{words}How was it?") for words in ("題目：", "", "start ")}
+    assert len({r["content"][0]["text"] for r in replies.values()}) == 3
+    assert answered[-1] == replies["題目："]
+    for words, reply in replies.items():
+        assert policy.generate_response("How was it?", history, question_prefix=words, **asked)[-1] == reply
+    assert policy.generate_response("How was it?", history, **asked) == answered  # the policy keeps its own
+    without = from_hard_prompt(talkative, HARD_PROMPT, "start")
+    assert without.generate_response("How was it?", history, **asked)[-1] == replies[""]
 
 
 def test_generate_response_needs_an_adapter_that_begins_with_the_assistant(policy):

@@ -15,8 +15,8 @@ from h2s.run.arguments import (
     DatasetArguments,
     GenerateArguments,
     HardPromptArguments,
-    NoArguments,
     PolicyModelArguments,
+    QuestionArguments,
     RewardDatasetArguments,
     RewardModelArguments,
     RunArguments,
@@ -26,7 +26,7 @@ from h2s.run.recipe import parse_recipe, split_mismatch, write_recipe
 POLICY = (PolicyModelArguments, DatasetArguments, SingleStepPPOConfig)
 REWARD = (RewardModelArguments, RewardDatasetArguments, TaskArguments)
 COMPARE = (CompareModelArguments, CompareDatasetArguments, GenerateArguments)
-CONVERT = (HardPromptArguments, NoArguments, ConvertArguments)
+CONVERT = (HardPromptArguments, QuestionArguments, ConvertArguments)
 
 
 @pytest.fixture

@@ -203,10 +203,10 @@ class PrefixTuningPolicyModel(SavedAdapter):
     def _write_card(self, folder: Path, report: str, source: str) -> None:
         prompt = self.prefix.hard_prompt.replace("\n", "\n> ")
         tokens = len(self.prefix.token_ids)
-        body = f"A soft prefix of {tokens} virtual tokens. It began as this hard prompt:\n\n> {prompt}\n\n{report}"
+        about = f"A soft prefix of {tokens} virtual tokens. It began as this hard prompt:\n\n> {prompt}"
         use = CARD_EXAMPLE.format(source=source, messages=EXAMPLES[self.prefix.first_role])
         base = self.model.peft_config[SOFT].base_model_name_or_path
-        write_card(folder, "A system prompt as a soft prefix", base, body.strip(), use, "text-generation", [])
+        write_card(folder, "A system prompt as a soft prefix", base, about, report, use, "text-generation", [])
 
     @torch.no_grad()
     def difference_to_hard_prompt(self) -> float:

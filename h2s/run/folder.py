@@ -141,8 +141,8 @@ class Run:
         flags = f"--output_dir {self.folder.parent} --run_name {self.folder.name} --resume_from_checkpoint true"
         saved = [f.name for f in self.folder.glob("checkpoint-*")]
         newest = max(saved, key=lambda name: int(name.rsplit("-", 1)[1])) if saved else "no checkpoint yet"
-        best = ", the best adapter at its root" if (self.folder / "adapter_model.safetensors").is_file() else ""
-        return f"{self.folder} holds {newest}{best}: the same command with {flags} goes on"
+        kept = ", the kept adapter at its root" if (self.folder / "adapter_model.safetensors").is_file() else ""
+        return f"{self.folder} holds {newest}{kept}: the same command with {flags} goes on"
 
 
 def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., None]:

@@ -71,9 +71,10 @@ def main(run, argv: list[str] | None = None) -> None:
     table, names = trainer.compare(parts["test"]), list(scorers)
     if not run.is_main_process:
         return
-    measured = f"{write_comparison(table, names, folder)}\n{aside}\n{trainer.kept_step()}"
+    measured = f"{write_comparison(table, names, folder, trainer.kept_step())}\n{aside}"
     logger.info("%s", measured)
-    logger.info("(the reward is the one that was trained on: it shows movement, not what people like)")
+    if "judge" in scorers:
+        logger.info("(the reward is the one that was trained on: it shows movement, not what people like)")
     for name, scorer in scorers.items():
         if cuts := scorer.cuts():
             logger.info("the %s cut %d contexts, %d responses", name, cuts["context"], cuts["response"])

@@ -57,7 +57,7 @@ class SingleStepPPOConfig(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     metric_for_best_model: str | None = field(
         default=None,
-        metadata={"help": "What selects the best adapter: judge_difference by default, or reward_difference."},
+        metadata={"help": "What selects the step that is kept: judge_difference by default, or reward_difference."},
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Iterations of equal size."})

@@ -88,18 +88,23 @@ def _longer(table: pd.DataFrame) -> pd.Series:
     return table["soft_tokens"] - table["hard_tokens"]
 
 
-def write_comparison(table: pd.DataFrame, names: Sequence[str], folder: Path) -> str:
-    """Draw `differences.png` into a folder, if there are scores; returns the Markdown report."""
+def write_comparison(table: pd.DataFrame, names: Sequence[str], folder: Path, kept: str = "") -> str:
+    """Draw `differences.png` into a folder, if there are scores; returns the Markdown `report`."""
     if names:
         picture(table, names, folder / DIFFERENCES_PICTURE)
-    return report(table, names)
+    return report(table, names, kept)
 
 
-def report(table: pd.DataFrame, names: Sequence[str]) -> str:
+def report(table: pd.DataFrame, names: Sequence[str], kept: str = "") -> str:
     """The paired comparison as Markdown, for people: what came out, what to beware of, the table.
 
     A gain that is length is called so. Where both replies finished is seen only once they are drawn: what the prompts
     say there is compared fairly, but these are the contexts that both answer briefly.
+
+    Args:
+        table: the comparison table.
+        names: of its scores.
+        kept: a line on which step it is of.
     """
     lines = ["| | soft | hard | soft minus hard (95% interval) |", "|---|---|---|---|"]
     conversations = table["conversation"]
@@ -139,7 +144,9 @@ def report(table: pd.DataFrame, names: Sequence[str]) -> str:
             "differ in size (simulated with 10 and 16 conversations of one context, they covered 94 to 95% for normal "
             "and 90 to 91% for exponential scores)."
         )
-    return "\n".join([words, *notes, "", *lines, f"\nn = {len(table)} contexts of {count} conversations."])
+    return "\n".join(
+        [words, *([kept] if kept else []), *notes, "", *lines, f"\nn = {len(table)} contexts of {count} conversations."]
+    )
 
 
 def _both_finished_row(name: str, scored: pd.DataFrame) -> str:

@@ -24,8 +24,7 @@ def verdict(score: str, differences: Sequence[float], conversations: Sequence[st
     """
     shown = _shown(differences, conversations)
     word = {1: "Gained", -1: "Lost", 0: "Not shown"}[shown]
-    measured = f"soft minus hard {difference_text(differences, conversations)}"
-    line = f"{word}, by the {score}: {measured}, {_count(len(differences), 'context', conversations)}."
+    line = f"{word}, by the {score}: soft minus hard {_measured(differences, conversations, 'context')}."
     if score != "judge":
         line += f" {NO_JUDGE}"
     return line if shown else f"{line}\n{needed(differences, conversations, 'context')}"
@@ -40,8 +39,7 @@ def accuracy_verdict(differences: Sequence[float], conversations: Sequence[str])
     """
     shown = _shown(differences, conversations)
     word = {1: "shown", -1: "no, it is worse", 0: "not shown"}[shown]
-    measured = f"{difference_text(differences, conversations)}, {_count(len(differences), 'pair', conversations)}"
-    line = f"Better than 'the longer wins': {word}, {measured}."
+    line = f"Better than 'the longer wins': {word}, {_measured(differences, conversations, 'pair')}."
     return line if shown else f"{line}\n{needed(differences, conversations, 'judgement')}"
 
 
@@ -86,6 +84,9 @@ def _shown(differences: Sequence[float], conversations: Sequence[str]) -> int:
     return int(low > 0) - int(high < 0)
 
 
-def _count(rows: int, what: str, conversations: Sequence[str]) -> str:
-    count = len(set(conversations))
-    return f"{rows} {what}{'s' * (rows != 1)} ({count} conversation{'s' * (count != 1)})"
+def _measured(differences: Sequence[float], conversations: Sequence[str], what: str) -> str:
+    """The mean difference, its interval, and on how many of what."""
+    rows, count = len(differences), len(set(conversations))
+    interval = " (95% interval)" * (count > 1)
+    on = f"{rows} {what}{'s' * (rows != 1)} ({count} conversation{'s' * (count != 1)})"
+    return f"{difference_text(differences, conversations)}{interval}, {on}"

@@ -89,8 +89,8 @@ def test_a_reward_that_left_out_everything_ends_the_run(compared, side, tmp_path
 def test_report_by_hand(compared):
     lines = report(compared, ["reward"]).splitlines()
     assert lines == [
-        "Not shown, by the reward: soft minus hard +1.000 [-5.353, +7.353], 4 contexts (2 conversations). No judge was "
-        "given, and the reward that a prompt was trained on shows movement, not what people like.",
+        "Not shown, by the reward: soft minus hard +1.000 [-5.353, +7.353] (95% interval), 4 contexts (2 conversations)."
+        " No judge was given, and the reward that a prompt was trained on shows movement, not what people like.",
         # The spread between two conversations is 0.5 times sqrt(2), so the effect is sqrt(2).
         "If the difference is as large as it looks here, it would take about 7 conversations (13 contexts) to show it "
         "(80% power).",
@@ -130,6 +130,13 @@ def test_first_line_is_the_judges_verdict_else_the_rewards(compared, names, diff
     first = report(compared, names).splitlines()[0]
     assert first.startswith(begins) and "4 contexts (4 conversations)." in first
     assert ("No judge was given" in first) == ("judge" not in names)
+
+
+def test_the_kept_step_follows_the_verdict(compared, tmp_path):
+    compared["conversation"] = list("abcd")
+    compared["soft_reward"] = [2.0, 3.0, 2.0, 3.0]
+    first, second, *_ = write_comparison(compared, ["reward"], tmp_path, "Step 2 of 4 is kept.").splitlines()
+    assert first.startswith("Gained, by the reward") and second == "Step 2 of 4 is kept."
 
 
 def test_both_replies_finished_by_hand(compared):

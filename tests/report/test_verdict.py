@@ -21,7 +21,7 @@ NO_JUDGE = " No judge was given, and the reward that a prompt was trained on sho
 )
 def test_gained_lost_or_not_shown_by_hand(differences, line):
     first, *more = verdict("judge", differences, list("abcd")).splitlines()
-    assert first == f"{line}, 4 contexts (4 conversations)."
+    assert first == f"{line} (95% interval), 4 contexts (4 conversations)."
     assert more == [needed(differences, list("abcd"), "context")] * line.startswith("Not shown")
     assert verdict("reward", differences, list("abcd")).splitlines()[0] == first.replace("judge", "reward") + NO_JUDGE
 
@@ -38,9 +38,15 @@ def test_a_single_conversation_shows_nothing():
 @pytest.mark.parametrize(
     ("differences", "line"),
     [
-        ([0.0, 1.0, 0.5, 1.0, 1.0, 1.0], "shown, +0.750 [+0.311, +1.189], 6 pairs (6 conversations)."),
-        ([0.0, -1.0, -0.5, -1.0, -1.0, -1.0], "no, it is worse, -0.750 [-1.189, -0.311], 6 pairs (6 conversations)."),
-        ([1.0, -1.0, 1.0, -1.0, 1.0, 0.0], "not shown, +0.167 [-0.865, +1.198], 6 pairs (6 conversations)."),
+        ([0.0, 1.0, 0.5, 1.0, 1.0, 1.0], "shown, +0.750 [+0.311, +1.189] (95% interval), 6 pairs (6 conversations)."),
+        (
+            [0.0, -1.0, -0.5, -1.0, -1.0, -1.0],
+            "no, it is worse, -0.750 [-1.189, -0.311] (95% interval), 6 pairs (6 conversations).",
+        ),
+        (
+            [1.0, -1.0, 1.0, -1.0, 1.0, 0.0],
+            "not shown, +0.167 [-0.865, +1.198] (95% interval), 6 pairs (6 conversations).",
+        ),
     ],
 )
 def test_better_than_the_longer_wins_by_hand(differences, line):

@@ -25,6 +25,7 @@ import torch
 from forks import recipe, run
 from killed_run import ending
 
+import h2s.ppo.rollout
 import h2s.ppo.trainer
 import h2s.prefix.policy_model
 import h2s.report.comparison
@@ -101,7 +102,7 @@ FAULTS: dict[str, tuple] = {
     "nan_evaluation": (h2s.report.soft_vs_hard, "score_replies", scored_by_no_number),
     "reward_raises": (rewards_of_tests, "length", fails(KeyError("score"))),
     "infinite_loss": (h2s.ppo.trainer, "policy_loss", infinite),
-    "infinite_kl": (h2s.ppo.trainer, "kl_to_reference", infinite),
+    "infinite_kl": (h2s.ppo.rollout, "kl_to_reference", infinite),
     "endless_step": (SingleStepPPOTrainer, "_apply", endless_step),
     "infinite_pair_loss": (RewardModelTrainer, "compute_loss", infinite),
     "ctrl_c": (SingleStepPPOTrainer, "_apply", signals(signal.SIGINT)),

@@ -89,8 +89,9 @@ def test_a_reward_that_left_out_everything_ends_the_run(compared, side, tmp_path
 def test_report_by_hand(compared):
     lines = report(compared, ["reward"]).splitlines()
     assert lines == [
-        "Not shown, by the reward: soft minus hard +1.000 [-5.353, +7.353] (95% interval), 4 contexts (2 conversations)."
-        " No judge was given, and the reward that a prompt was trained on shows movement, not what people like.",
+        "Not shown, by the reward: soft minus hard +1.000 [-5.353, +7.353] (95% interval), 4 contexts (2 "
+        "conversations). No judge was given, and the reward that a prompt was trained on shows movement, not what "
+        "people like.",
         # The spread between two conversations is 0.5 times sqrt(2), so the effect is sqrt(2).
         "If the difference is as large as it looks here, it would take about 7 conversations (13 contexts) to show it "
         "(80% power).",

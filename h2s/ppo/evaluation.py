@@ -62,9 +62,8 @@ class EvaluatedPolicy(WholeCheckpoints):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_in_train and self.state.global_step > 0 and self.is_best(metrics):
             self.save_best()
-            self.state.best_global_step = (
-                self.state.global_step
-            )  # Trainer's own does so only where checkpoints are saved
+            # Trainer's own counts it only where checkpoints are saved.
+            self.state.best_global_step = self.state.global_step
         if verdict is not None:
             self._warn(f"{over_optimisation_line(*verdict)}; the adapter of step {self.state.best_global_step} is kept")
         return metrics

@@ -60,14 +60,17 @@ def adapter_folder(name: str | Path, revision: str | None = None, **download: An
         raise InputError(f"{name} is no folder, and the Hub gives no such adapter: {in_short(error)}") from error
 
 
-def write_card(folder: Path, title: str, base_model: str, body: str, use: str, task: str, tags: list[str]) -> None:
-    """Write `README.md`: what the adapter is, how it was made and measured, and how plain PEFT loads it.
+def write_card(
+    folder: Path, title: str, base_model: str, about: str, report: str, use: str, task: str, tags: list[str]
+) -> None:
+    """Write `README.md`: what came out of it, what the adapter is, what was measured, and how plain PEFT loads it.
 
     Args:
         folder: the adapter's.
         title: one line.
         base_model: Hub name of the base, or the folder it was loaded from (only its last part is told).
-        body: what it is and what was measured, Markdown.
+        about: what it is, Markdown.
+        report: what was measured, Markdown; its first paragraph, the verdict, is the card's.
         use: Python code that loads and uses it.
         task: the Hub's pipeline tag.
         tags: beside `h2s` and `prefix-tuning`.
@@ -80,11 +83,11 @@ def write_card(folder: Path, title: str, base_model: str, body: str, use: str, t
         tags=["h2s", "prefix-tuning", *tags],
     )
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft, trl, datasets))
-    text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\nBase model: {Path(base_model).name if local else base_model}\n\n"
-        f"{body}\n\n## Use\n\nPlain PEFT loads it:\n\n```python\n{use}\n```\n\n## Versions\n\n{versions}\n"
-    )
-    ModelCard(text).save(folder / "README.md")
+    verdict, _, measured = report.strip().partition("\n\n")
+    base = f"Base model: {Path(base_model).name if local else base_model}"
+    use = f"## Use\n\nPlain PEFT loads it:\n\n```python\n{use}\n```\n\n## Versions\n\n{versions}\n"
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {title}", verdict, base, about, measured, use]
+    ModelCard("\n\n".join(part for part in parts if part)).save(folder / "README.md")
 
 
 class SavedAdapter(ABC):

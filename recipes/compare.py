@@ -44,7 +44,7 @@ def main(run, argv: list[str] | None = None) -> None:
     seen_by = {"policy": opened.prefix.seen} | {name: scorer.seen for name, scorer in scorers.items()}
     contexts, aside = splits.set_aside_seen(contexts, seen_by)
     splits.warn_of_few(contexts)
-    which = f"{data_args.which_contexts()} {aside}"
+    which = f"Temperature {args.temperature:g}. {data_args.which_contexts()} {aside}"
 
     ###########
     # Compare #
@@ -63,7 +63,7 @@ def main(run, argv: list[str] | None = None) -> None:
     if not run.is_main_process:
         return
     text = f"{write_comparison(table, list(scorers), folder)}\n{which}" + (f"\n\n{best}" if best else "")
-    logger.info("soft against hard, temperature %g:\n%s", args.temperature, text)
+    logger.info("%s", text)
     picture = "\n\n![](differences.png)" if scorers else ""
     (folder / "README.md").write_text(f"# Soft against hard\n\n{text}{picture}\n", encoding="utf-8")
     table.to_parquet(folder / "replies.parquet")

@@ -52,7 +52,7 @@ def main(run, argv: list[str] | None = None) -> None:
     print(f"\n=== done in {(time.time() - started) / 60:.1f} minutes ===")
     for stage, seconds in took.items():
         print(f"{stage:>8}  {seconds:4.0f} s   {OUTPUTS / stage if stage in STAGES else 'ready'}")
-    print(f"\nWhat changed, on contexts that nothing was trained on or chosen by: {OUTPUTS / 'compare' / 'README.md'}")
+    print(f"\nWhat came out, on contexts that nothing was trained on or chosen by: {OUTPUTS / 'compare' / 'README.md'}")
     print((OUTPUTS / "compare" / "README.md").read_text(encoding="utf-8").split("\n\n", 1)[1])
     print(f"For people to judge: {OUTPUTS / 'compare' / 'blinded.xlsx'}")
     print(f"Talk to it: python recipes/generate.py --policy_adapter {OUTPUTS / 'policy'}")

@@ -34,7 +34,7 @@ def main(run, argv: list[str] | None = None) -> None:
     opened = open_policy(model_args, model_args.prefix_adapter, question_prefix=data_args.question_prefix)
     model_args.check_reward()
     scorers = open_scorers(model_args.reward_adapter, model_args.judge_adapter, model_args.reward_function)
-    opened.encode(contexts["prompt"], args.max_completion_length)  # each can be answered
+    opened.encode(contexts["prompt"], args.compared_completion_length)  # each can be answered
     parts = splits.split_by_conversation(contexts, data_args.split_seed, data_args.test_size)
     seen_by = {"policy": opened.prefix.seen} | {name: scorer.seen for name, scorer in scorers.items()}
     parts["test"], aside = splits.set_aside_seen(parts["test"], seen_by)
@@ -72,17 +72,16 @@ def main(run, argv: list[str] | None = None) -> None:
     table, names = trainer.compare(parts["test"]), list(scorers)
     if not run.is_main_process:
         return
-    measured = f"{write_comparison(table, names, folder)}\n{aside}"
-    logger.info("soft against hard on contexts that nothing has seen:\n%s", measured)
-    logger.info("(the reward is the one that was trained on: it shows movement, not what people like)")
-    if "judge" not in scorers:
-        logger.info("(no judge_adapter: nothing independent has judged this)")
+    measured = f"{write_comparison(table, names, folder, trainer.kept_step())}\n{aside}"
+    logger.info("%s", measured)
+    if "judge" in scorers:
+        logger.info("(the reward is the one that was trained on: it shows movement, not what people like)")
     for name, scorer in scorers.items():
         if cuts := scorer.cuts():
             logger.info("the %s cut %d contexts, %d responses", name, cuts["context"], cuts["response"])
     logger.info("side by side, and how far each layer moved: %s", write_what_changed(table, policy, names, folder))
     policy.write_card(folder, measured)  # the adapter lies there already
-    logger.info("best adapter saved to %s", folder)
+    logger.info("the adapter of the kept step is in %s", folder)
     if push_to_hub:
         logger.info("pushed to %s", trainer.push_to_hub(report=measured))
 

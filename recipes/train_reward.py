@@ -77,8 +77,8 @@ def main(run, argv: list[str] | None = None) -> None:
             continue
         of_sheet = scored if role == "reward" else None
         text = write_accuracy(trainer.reward_model, parts["test"], judgements, where, of_sheet, len(folds))
-        logger.info("%s:\n%s", role, text)
-        trainer.reward_model.save_pretrained(where, f"This is the {role} model of its run.\n\n{text}")
+        logger.info("%s: %s", role, text)
+        trainer.reward_model.save_pretrained(where, f"{text}\n\nThis is the {role} model of its run.")
         logger.info("saved to %s", where)
         if push_to_hub and role == "reward":
             logger.info("pushed to %s", trainer.push_to_hub(report=text))

@@ -149,17 +149,19 @@ def test_an_adapter_that_the_hub_does_not_give(error, monkeypatch):
 
 @pytest.mark.parametrize("base", ["google/gemma-3-1b-it", "folder"])
 def test_what_the_card_says(base, tmp_path):
-    """A base on the Hub is linked; of a folder only the last part is told."""
+    """The verdict first. A base on the Hub is linked; of a folder only the last part is told."""
     local = tmp_path / "secret-project" / "my-gemma"
     local.mkdir(parents=True)
-    write_card(
-        tmp_path, "A prefix", str(local) if base == "folder" else base, "Measured.", "use()", "text-generation", ["x"]
-    )
+    of, report = str(local) if base == "folder" else base, "Gained.\nBut.\n\nMeasured.\n\nMore."
+    write_card(tmp_path, "A prefix", of, "What it is.", report, "use()", "text-generation", ["x"])
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
     assert card.data.tags == ["h2s", "prefix-tuning", "x"]
     assert card.data.base_model == (None if base == "folder" else base)
-    assert f"Base model: {'my-gemma' if base == 'folder' else base}\n\nMeasured.\n" in card.text
+    base = f"Base model: {'my-gemma' if base == 'folder' else base}"
+    assert f"# A prefix\n\nGained.\nBut.\n\n{base}\n\nWhat it is.\n\nMeasured.\n\nMore.\n\n## Use" in card.text
+    write_card(tmp_path, "A prefix", of, "What it is.", "", "use()", "text-generation", ["x"])
+    assert f"# A prefix\n\n{base}\n\nWhat it is.\n\n## Use" in ModelCard.load(tmp_path / "README.md").text
     assert "```python\nuse()\n```" in card.text and "secret-project" not in card.content
     assert re.search(r"torch \d.*, transformers \d.*, peft \d.*, trl \d.*, datasets \d", card.text)
 

@@ -57,7 +57,7 @@ class SingleStepPPOConfig(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     metric_for_best_model: str | None = field(
         default=None,
-        metadata={"help": "What selects the best adapter: judge_difference by default, or reward_difference."},
+        metadata={"help": "What selects the step that is kept: judge_difference by default, or reward_difference."},
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Iterations of equal size."})
@@ -69,6 +69,13 @@ class SingleStepPPOConfig(TrainingArguments):
 
     # Parameters that control the rollout
     max_completion_length: int = field(default=64, metadata={"help": "Most tokens of a completion."})
+    eval_max_completion_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a completion where soft and hard are compared; that of training by default. More "
+            "lets both end where training cuts them."
+        },
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of scoring alike."})
 
     # Parameters that control the updates of an iteration
@@ -138,6 +145,9 @@ class SingleStepPPOConfig(TrainingArguments):
         _require(0 < self.cliprange < 1, "cliprange", "between 0 and 1", self.cliprange)
         for name in ("max_completion_length", "num_ppo_epochs", "num_mini_batches"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        least, cap = self.max_completion_length, self.compared_completion_length
+        expected = f"at least max_completion_length, {least}"
+        _require(cap >= least, "eval_max_completion_length", expected, cap)
         for name in ("value_learning_rate", "value_warmup_batches"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         sampling = self.train_sampling_strategy
@@ -169,6 +179,12 @@ class SingleStepPPOConfig(TrainingArguments):
             )
         check_schedule(self)
         self.metric_for_best_model = chosen  # transformers puts the loss in, which no evaluation here measures
+
+    @property
+    def compared_completion_length(self) -> int:
+        """Most tokens of a completion where soft and hard are compared."""
+        cap = self.eval_max_completion_length
+        return self.max_completion_length if cap is None else cap
 
     @property
     def updates(self) -> int:

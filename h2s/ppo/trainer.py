@@ -58,8 +58,9 @@ class SingleStepPPOTrainer(SampledPolicy):
     trainer.train()
     ```
 
-    The best prefix so far lies at the root of `args.output_dir` at any time; the starting prefix is never a candidate.
-    After `train()` the policy holds the one that is kept: the best, or the last where nothing is evaluated.
+    The step that is ahead so far lies at the root of `args.output_dir` at any time; the starting prefix is never a
+    candidate. After `train()` the policy holds the one that is kept: that one, or the last where nothing is evaluated.
+    `kept_step()` names it, and says whether it beat the hard prompt.
 
     Args:
         model: the policy, or the folder or Hub name of its adapter. The hard prompt is its reference.
@@ -68,10 +69,10 @@ class SingleStepPPOTrainer(SampledPolicy):
         args: the settings; `SingleStepPPOConfig()` by default.
         train_dataset: contexts with a column `prompt`: messages, or text that is one user message. Further columns are
             handed to the rewards.
-        eval_dataset: held-out contexts; they select the best prefix. Needed where `eval_strategy` is not "no".
+        eval_dataset: held-out contexts; they select the step that is kept. Needed where `eval_strategy` is not "no".
         processing_class: the policy's own tokenizer, which is the default; no other one can be used.
-        judge: a reward that is never trained on: where there is one, it selects the best prefix, and a run whose reward
-            rises while the judge falls says so.
+        judge: a reward that is never trained on: where there is one, it selects the step that is kept, and a run whose
+            reward rises while the judge falls says so.
         callbacks: further Trainer callbacks.
         peft_config: refused, with the reason.
 
@@ -117,15 +118,16 @@ class SingleStepPPOTrainer(SampledPolicy):
         check_run(args, train_dataset, eval_dataset, self.scorers)
         for scorer in self.scorers.values():  # now, not at the first call: it draws random numbers
             scorer.load(args.device)
-        length = args.max_completion_length
-        train_dataset = encode_contexts(train_dataset, "train_dataset", self.policy, length)
+        train_dataset = encode_contexts(train_dataset, "train_dataset", self.policy, args.max_completion_length)
         if eval_dataset is not None:
-            eval_dataset = encode_contexts(eval_dataset, "eval_dataset", self.policy, length)
+            cap = args.compared_completion_length
+            eval_dataset = encode_contexts(eval_dataset, "eval_dataset", self.policy, cap)
         # What made its rewards and its judge made it too.
         seen = [*conversations_in(train_dataset, eval_dataset), *(c for s in self.scorers.values() for c in s.seen)]
         self.policy.prefix = self.policy.prefix.having_seen(seen)
         args.metric_for_best_model = selection_metric(args, self.scorers)
         self.sampling = Sampling(args.max_completion_length, args.temperature)
+        self.compared_sampling = Sampling(args.compared_completion_length, args.temperature)
         self.optimizer: Any  # a torch optimizer, then Accelerate's wrapper of it
         self.policy.add_hard_prompt()
         # Loading draws random numbers: what was loaded here, and what before, makes no difference to the value head.

@@ -342,6 +342,6 @@ def encode_prompts(
         if max_length is not None and len(ids) > max_length:
             raise InputError(
                 f"context {number} is {len(ids)} tokens long, but the model takes {max_length} beside the prefix and "
-                "the completion: shorten it or lower max_completion_length"
+                "the completion: shorten it or lower max_completion_length (or eval_max_completion_length)"
             )
     return encoded

@@ -211,12 +211,12 @@ class PrefixTuningPolicyModel(SavedAdapter):
     def _write_card(self, folder: Path, report: str, source: str) -> None:
         prompt = self.prefix.hard_prompt.replace("\n", "\n> ")
         tokens = len(self.prefix.token_ids)
-        body = f"A soft prefix of {tokens} virtual tokens. It began as this hard prompt:\n\n> {prompt}\n\n{report}"
+        about = f"A soft prefix of {tokens} virtual tokens. It began as this hard prompt:\n\n> {prompt}"
         if words := self.prefix.question_prefix:
-            body += f"\n\nIts chat template puts {words!r} in front of the question that the assistant begins with."
+            about += f"\n\nIts chat template puts {words!r} in front of the question that the assistant begins with."
         use = CARD_EXAMPLE.format(source=source, messages=EXAMPLES[self.prefix.first_role])
         base = self.model.peft_config[SOFT].base_model_name_or_path
-        write_card(folder, "A system prompt as a soft prefix", base, body.strip(), use, "text-generation", [])
+        write_card(folder, "A system prompt as a soft prefix", base, about, report, use, "text-generation", [])
 
     def difference_to_hard_prompt(self) -> float:
         """The largest difference of a logit between the prefix and the hard prompt as text, on an example conversation.

@@ -22,6 +22,7 @@ from scipy.special import expit
 from h2s.data.datasets import LABELS, POLICY_BETTER, Judgements
 from h2s.data.splits import Part, conversations_of
 from h2s.report.intervals import difference_text, share_interval, share_text
+from h2s.report.verdict import accuracy_verdict, calibration_verdict
 from h2s.reward.model import RewardModel, reply_text
 
 logger = logging.getLogger(__name__)
@@ -120,11 +121,14 @@ def length_groups(table: pd.DataFrame) -> pd.Series:
 
 
 def accuracy_report(table: pd.DataFrame, what: str) -> str:
-    """The pair table as Markdown, for people. `what` says which pairs these are."""
+    """The pair table as Markdown, for people: two sentences, then the tables. `what` says which pairs these are."""
     conversations = table["conversation"].tolist()
     model, longer = right(table["margin"]), right(table["length_difference"])
     bins = calibration(table)
     lines = [
+        accuracy_verdict((model - longer).tolist(), conversations),
+        calibration_verdict(table["margin"].tolist(), model.tolist(), conversations),
+        "",
         f"| {what} | accuracy, 95% interval |",
         "|---|---|",
         f"| this model | {share_text(model.tolist(), conversations)} |",
@@ -243,7 +247,7 @@ def write_accuracy(
     cross_validated: pd.DataFrame | None = None,
     folds: int = 0,
 ) -> str:
-    """Write `accuracy.md`, `accuracy.png` and `pairs.parquet` into a model's folder; returns the tables.
+    """Write `accuracy.md`, `accuracy.png` and `pairs.parquet` into a model's folder; returns the report.
 
     Args:
         reward: the model.
@@ -258,7 +262,7 @@ def write_accuracy(
         more = "\n\n" + accuracy_report(table, "on conversations that this model never saw")
         table, what = cross_validated, f"on all conversations, each by a model that never saw it ({folds} folds)"
     text = accuracy_report(table, what)
-    page = f"# Accuracy\n\n{judgements.summary()}\n\n{sheet_report(judgements)}\n\n{text}\n\n![]({ACCURACY_PICTURE})\n"
+    page = f"# Accuracy\n\n{text}\n\n![]({ACCURACY_PICTURE})\n\n{judgements.summary()}\n\n{sheet_report(judgements)}\n"
     (folder / ACCURACY_REPORT).write_text(page, encoding="utf-8")
     accuracy_picture(table, folder / ACCURACY_PICTURE)
     table.to_parquet(folder / PAIRS)

@@ -3,7 +3,7 @@
 The comparison table is that of `soft_vs_hard`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from h2s.errors import RunError
 from h2s.report.intervals import adjusted_interval, difference_text, mean_interval, sign_test_text
+from h2s.report.verdict import NOT_SCORED, verdict
 
 DIFFERENCES_PICTURE = "differences.png"
 # What `summarise` says of a score, and of the replies.
@@ -28,6 +29,9 @@ SCORE_METRICS = (
     "{name}_tie",
 )
 REPLY_METRICS = ("kl", "soft_tokens", "hard_tokens", "soft_unfinished", "hard_unfinished", "contexts")
+# A reply that is cut is scored as it stands, and a prompt that has learnt to end gains there by ending alone. From two
+# cut replies in five on, the contexts where both end are so few that the rest can carry the mean.
+UNFAIR_SHARE_CUT = 0.4
 
 
 def metric_names(scores: Iterable[str]) -> list[str]:
@@ -47,6 +51,27 @@ def summarise(table: pd.DataFrame, name: str = "reward") -> dict[str, float]:
     return {n: float(v) for n, v in zip(metric_names([name]), [*values, *replies], strict=True)}
 
 
+def of_hard_prompt(metric: str, metrics: Mapping[str, float]) -> float:
+    """What the hard prompt has on a metric of `summarise`: over itself, or beside the soft one in that comparison."""
+    if metric == "kl" or "_difference" in metric or "_same_length" in metric:
+        return 0.0
+    if metric.endswith("_win"):
+        return 1 - metrics[metric] - metrics[metric.removesuffix("_win") + "_tie"]
+    return metrics[metric.replace("soft_", "hard_")]
+
+
+def unfair_match(table: pd.DataFrame) -> str | None:
+    """The line that says so where the cap on a reply's tokens cuts too many of the hard prompt's; else None."""
+    cut = table.loc[~table["hard_finished"].astype(bool), "hard_tokens"]
+    share = len(cut) / len(table)
+    if share < UNFAIR_SHARE_CUT:
+        return None
+    return (
+        f"No fair match: the cap of {cut.max()} tokens cut {share:.0%} of the hard prompt's replies. Raise "
+        "max_completion_length (in train_policy.py eval_max_completion_length is enough), so that they can end."
+    )
+
+
 def _scored(table: pd.DataFrame, name: str) -> pd.DataFrame:
     """The contexts of which neither reply was left out by the reward.
 
@@ -63,26 +88,38 @@ def _longer(table: pd.DataFrame) -> pd.Series:
     return table["soft_tokens"] - table["hard_tokens"]
 
 
-def write_comparison(table: pd.DataFrame, names: Sequence[str], folder: Path) -> str:
-    """Draw `differences.png` into a folder, if there are scores; returns the Markdown report."""
+def write_comparison(table: pd.DataFrame, names: Sequence[str], folder: Path, kept: str = "") -> str:
+    """Draw `differences.png` into a folder, if there are scores; returns the Markdown `report`."""
     if names:
         picture(table, names, folder / DIFFERENCES_PICTURE)
-    return report(table, names)
+    return report(table, names, kept)
 
 
-def report(table: pd.DataFrame, names: Sequence[str]) -> str:
-    """The paired comparison as Markdown, for people; a gain that is length is called so."""
+def report(table: pd.DataFrame, names: Sequence[str], kept: str = "") -> str:
+    """The paired comparison as Markdown, for people: what came out, what to beware of, the table.
+
+    A gain that is length is called so. Where both replies finished is seen only once they are drawn: what the prompts
+    say there is compared fairly, but these are the contexts that both answer briefly.
+
+    Args:
+        table: the comparison table.
+        names: of its scores.
+        kept: a line on which step it is of.
+    """
     lines = ["| | soft | hard | soft minus hard (95% interval) |", "|---|---|---|---|"]
     conversations = table["conversation"]
     count = conversations.nunique()
-    notes = []
+    words, notes = NOT_SCORED, []
     for name in names:
         scored = _scored(table, name)
         soft, hard, groups = scored[f"soft_{name}"], scored[f"hard_{name}"], scored["conversation"]
+        if name == ("judge" if "judge" in names else names[0]):
+            words = verdict(name, (soft - hard).tolist(), groups.tolist())
         lines.append(_row(name, soft, hard, groups))
         left, low, high, slope = adjusted_interval(soft - hard, _longer(scored), groups)
         interval = f"[{low:+.3f}, {high:+.3f}]" if groups.nunique() > 2 else "(no interval)"
         lines.append(f"| {name}, at equal length | | | {left:+.3f} {interval}, {slope:+.3f} a token |")
+        lines.append(_both_finished_row(name, scored))
         wins, losses = int((soft > hard).sum()), int((soft < hard).sum())
         test = f"{len(scored) - wins - losses} ties; {sign_test_text(soft - hard, groups)}"
         lines.append(f"| {name}: wins of {len(scored)} | {wins} | {losses} | {test} |")
@@ -99,14 +136,28 @@ def report(table: pd.DataFrame, names: Sequence[str]) -> str:
     if table["kl"].notna().all():
         kl = "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(table["kl"], conversations))
     lines.append(f"| KL to the hard prompt, nats a reply | {kl} | 0 | |")
+    if unfair := unfair_match(table):
+        notes.append(unfair)
     if count < 30:
         notes.append(
             f"Fewer than 30 conversations ({count}): intervals are too narrow where scores are skewed or conversations "
             "differ in size (simulated with 10 and 16 conversations of one context, they covered 94 to 95% for normal "
             "and 90 to 91% for exponential scores)."
         )
-    lines += [f"\nn = {len(table)} contexts of {count} conversations.", *notes]
-    return "\n".join(lines)
+    return "\n".join(
+        [words, *([kept] if kept else []), *notes, "", *lines, f"\nn = {len(table)} contexts of {count} conversations."]
+    )
+
+
+def _both_finished_row(name: str, scored: pd.DataFrame) -> str:
+    """The same difference over the contexts where neither reply was cut."""
+    ended = scored[scored["soft_finished"].astype(bool) & scored["hard_finished"].astype(bool)]
+    label = f"{name}, both replies finished"
+    if ended.empty:
+        return f"| {label} | | | none of {len(scored)} |"
+    soft, hard = ended[f"soft_{name}"], ended[f"hard_{name}"]
+    difference = difference_text(soft - hard, ended["conversation"])
+    return f"| {label} | {soft.mean():.3f} | {hard.mean():.3f} | {difference}, {len(ended)} of {len(scored)} |"
 
 
 def _row(label: str, soft: pd.Series, hard: pd.Series, conversations: pd.Series) -> str:

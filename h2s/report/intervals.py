@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, f, t
 from statsmodels.regression.linear_model import OLS
+from statsmodels.stats.power import TTestPower
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float, float]:
@@ -113,6 +114,27 @@ def difference_text(values: Sequence[float], clusters: Sequence[str]) -> str:
     """`+mean [+low, +high]` of paired differences; a single conversation has no interval."""
     mean, low, high = mean_interval(values, clusters)
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if len(set(clusters)) > 1 else f"{mean:+.3f} (no interval)"
+
+
+def conversations_needed(differences: Sequence[float], clusters: Sequence[str]) -> float:
+    """How many conversations would show a mean difference of the observed size: 5% two-sided, 80% power.
+
+    That of the one-sample t test (Cohen 1988, ISBN 0-8058-0283-5, chapter 2) on conversations, their spread being the
+    cluster-robust standard error times the square root of their number: where every row is a conversation of its own,
+    the rows' own spread. It takes the observed difference and spread for the true ones and further conversations to be
+    of this kind and size, and so is an order of magnitude, not a promise (Hoenig and Heisey 2001, doi
+    10.1198/000313001300339897).
+
+    Args:
+        differences: one a row, (N,).
+        clusters: the conversation of each row, (N,); at least two.
+    """
+    mean, low, high = mean_interval(differences, clusters)
+    count = len(set(clusters))
+    error = (high - low) / 2 / float(t.ppf(0.975, count - 1))
+    # Outside these bounds statsmodels finds no root; there it takes some 800 million conversations, or four.
+    effect = min(max(abs(mean) / (error * math.sqrt(count)), 1e-4), 3.0) if error else 1e-4 if mean == 0 else 3.0
+    return float(TTestPower().solve_power(effect, alpha=0.05, power=0.8))
 
 
 def sign_test(differences: Sequence[float], clusters: Sequence[str]) -> float:

@@ -1,4 +1,4 @@
-"""What training did to a prefix: the same contexts answered by both prompts, and how far each layer moved."""
+"""What training did to a prefix: the replies that changed most, by both prompts, and how far each layer moved."""
 
 import math
 from collections.abc import Sequence
@@ -43,9 +43,24 @@ def write_what_changed(
 
 
 def what_changed(table: pd.DataFrame, model: PeftModel, scores: Sequence[str]) -> str:
-    """The report as Markdown: replies side by side (the first contexts of the table), then the layers."""
-    lines = ["# What changed", "", "The same contexts and random states; nothing here was trained on or chosen by.", ""]
-    for row in table.head(EXAMPLES).to_dict("records"):
+    """The report as Markdown: the replies that changed most, side by side, then how far each layer moved.
+
+    Most is by the judge, else by the first score, whichever way it changed; without scores by the soft reply's summed
+    log-ratio to the hard prompt. What has no such number (a reply left out) comes last.
+    """
+    by, change = "the log-ratio to the hard prompt", table["kl"]
+    if scores:
+        name = "judge" if "judge" in scores else scores[0]
+        by, change = f"the {name}, gains and losses alike", (table[f"soft_{name}"] - table[f"hard_{name}"]).abs()
+    most = table.loc[change.sort_values(ascending=False, kind="stable").index[:EXAMPLES]]
+    lines = [
+        "# What changed",
+        "",
+        f"The replies that changed most by {by}, the largest change first: {len(most)} of {len(table)} contexts. Both "
+        "prompts answer from the same random state; nothing here was trained on or chosen by.",
+        "",
+    ]
+    for row in most.to_dict("records"):
         lines += [_quoted(row["prompt"]), ""]
         for side in ("hard", "soft"):
             said = [f"{name} {_in_short(row[f'{side}_{name}'])}" for name in scores]

@@ -348,14 +348,14 @@ class RewardModel(SavedAdapter):
         (Path(folder) / H2S_FILE).write_text(text + "\n", encoding="utf-8")
 
     def _write_card(self, folder: Path, report: str, source: str) -> None:
-        body = (
+        about = (
             "Scores a response to a context, the context being its messages' contents joined by newlines; trained on "
-            f"human A/B judgements with the pairwise logistic loss.\n\n{report}"
+            "human A/B judgements with the pairwise logistic loss."
         )
         base = self.model.peft_config[SOFT].base_model_name_or_path
         use = CARD_EXAMPLE.format(source=source)
-        tags = ["reward-model"]
-        write_card(folder, "A reward model of human judgements", base, body.strip(), use, "text-classification", tags)
+        title, tags = "A reward model of human judgements", ["reward-model"]
+        write_card(folder, title, base, about, report, use, "text-classification", tags)
 
     @torch.no_grad()
     def score(

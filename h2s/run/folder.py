@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ class Run:
         self.folder: Path | None = None
         self.can_resume = False
         self.stop = StopRequest()
+        # What is said of files before there is a folder: it goes to the log once there is.
+        self.early = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
+        logger.setLevel(logging.DEBUG)
+        logger.addHandler(self.early)
 
     @property
     def is_main_process(self) -> bool:
@@ -103,10 +108,10 @@ class Run:
     def _start_log(self, folder: Path) -> None:
         """From here on, what `logger` says goes to `train.log` and to the terminal, from the first process alone."""
         logger.propagate = False
+        logger.removeHandler(self.early)
         if not self.is_main_process:
             logger.addHandler(logging.NullHandler())
             return
-        logger.setLevel(logging.DEBUG)
         file = _LogFile(folder / LOG_FILE, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(file)
@@ -115,6 +120,8 @@ class Run:
         terminal.setLevel(logging.INFO)
         terminal.addFilter(lambda record: not getattr(record, "file_only", False))
         logger.addHandler(terminal)
+        for record in self.early.buffer:
+            logger.handle(record)
 
     def close(self) -> None:
         """End the log."""
@@ -140,8 +147,8 @@ class Run:
         flags = f"--output_dir {self.folder.parent} --run_name {self.folder.name} --resume_from_checkpoint true"
         saved = [f.name for f in self.folder.glob("checkpoint-*")]
         newest = max(saved, key=lambda name: int(name.rsplit("-", 1)[1])) if saved else "no checkpoint yet"
-        best = ", the best adapter at its root" if (self.folder / "adapter_model.safetensors").is_file() else ""
-        return f"{self.folder} holds {newest}{best}: the same command with {flags} goes on"
+        kept = ", the kept adapter at its root" if (self.folder / "adapter_model.safetensors").is_file() else ""
+        return f"{self.folder} holds {newest}{kept}: the same command with {flags} goes on"
 
 
 def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., None]:
@@ -162,6 +169,9 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
                 # Not after a fault: with NCCL it could wait for processes that are in a collective.
                 distributed.destroy_process_group()
         except InputError as error:
+            if run.folder is None:
+                for record in list(run.early.buffer):
+                    run.say(record.getMessage())
             run.say(f"error: {_one_line(error)}")
             sys.exit(2)
         except KeyboardInterrupt:

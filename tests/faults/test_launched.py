@@ -57,7 +57,7 @@ def test_sigterm_saves_on_all_processes(launch, tmp_path, everyone):
     _, said = run.communicate(timeout=60)
     (line,) = lines(said)
     newest = max(int(f.name.rsplit("-", 1)[1]) for f in folder.glob("checkpoint-*"))
-    assert f"ended by SIGTERM; run holds checkpoint-{newest}, the best adapter at its root" in line
+    assert f"ended by SIGTERM; run holds checkpoint-{newest}, the kept adapter at its root" in line
     assert not list(folder.glob("unfinished*"))
     names = {f.name for f in (folder / f"checkpoint-{newest}").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "value_head.safetensors"} <= names

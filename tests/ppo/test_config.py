@@ -21,6 +21,10 @@ from h2s import InputError, SingleStepPPOConfig
         ({"cliprange": 1}, "cliprange must be between 0 and 1, got 1"),
         ({"num_ppo_epochs": 0}, "num_ppo_epochs must be at least 1, got 0"),
         ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
+        (
+            {"eval_max_completion_length": 63},
+            "eval_max_completion_length must be at least max_completion_length, 64, got 63",
+        ),
         ({"num_mini_batches": 0}, "num_mini_batches must be at least 1, got 0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
         ({"value_learning_rate": -1}, "value_learning_rate must be at least 0, got -1"),
@@ -68,6 +72,12 @@ def test_nothing_is_evaluated_or_selected_until_it_is_asked_for():
     assert args.eval_strategy == "no" and args.metric_for_best_model is None
     assert SingleStepPPOConfig(load_best_model_at_end=True, eval_strategy="steps").metric_for_best_model is None
     assert SingleStepPPOConfig(metric_for_best_model="kl").metric_for_best_model == "kl"
+
+
+def test_soft_and_hard_are_compared_with_the_tokens_of_training_unless_more_are_given():
+    assert SingleStepPPOConfig(max_completion_length=9).compared_completion_length == 9
+    larger = SingleStepPPOConfig(max_completion_length=9, eval_max_completion_length=20)
+    assert (larger.max_completion_length, larger.compared_completion_length) == (9, 20)
 
 
 @pytest.mark.parametrize("cuda", [False, True])

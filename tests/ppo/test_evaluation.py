@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from ppo.runs import EASY, EVERY_STEP, KEEP_ALL, Course, logged, not_ascii, prefix_of, root_of, saved_prefix, varied
 from safetensors.torch import load_file
+from tiny import sample_context
 from transformers import TrainerCallback
 
 from h2s import InputError
@@ -113,9 +114,13 @@ def test_compare_is_soft_against_hard_on_other_contexts(build):
 
 @pytest.fixture
 def warnings_of():
-    """What is logged from h2s as a warning, wherever a run has turned the logger's propagation."""
+    """What is logged from h2s as a warning, wherever a run has turned the logger's propagation.
+
+    But for the first evaluation's, that the tiny policy's replies are all cut.
+    """
     lines = []
     handler = logging.Handler(logging.WARNING)
+    handler.addFilter(lambda record: "No fair match" not in record.getMessage())
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("h2s").addHandler(handler)
     yield lines
@@ -130,10 +135,11 @@ def train_and_watch(trainer):
     return returned
 
 
-def test_over_optimisation_is_said_and_the_judges_favourite_kept(build, warnings_of):
+@pytest.mark.parametrize("saved", [KEEP_ALL, {}])
+def test_over_optimisation_is_said_and_the_judges_favourite_kept(build, warnings_of, saved):
     """Said in words, returned, and in the history, which TensorBoard and trainer_state.json show."""
     judge = Course([0.5, 2.0, 1.0, -1.0])
-    trainer = build(Course([1.0, 2.0, 3.0, 4.0]), judge=judge, max_steps=4, **EVERY_STEP, **KEEP_ALL)
+    trainer = build(Course([1.0, 2.0, 3.0, 4.0]), judge=judge, max_steps=4, **EVERY_STEP, **saved)
     returned = train_and_watch(trainer)
     assert [m["eval_over_optimised"] for m in returned] == [0, 0, 1, 1] == logged(trainer, "eval_over_optimised")
     start = "over-optimisation: since step 2 the reward rose from +2.000 to "
@@ -143,7 +149,7 @@ def test_over_optimisation_is_said_and_the_judges_favourite_kept(build, warnings
         start + "+4.000 and the judge fell from +2.000 [+2.000, +2.000] to -1.000 [-1.000, -1.000];"
         " the adapter of step 2 is kept",
     ]
-    assert kept_steps(trainer) == [2]
+    assert kept_steps(trainer) == [2] * bool(saved)
 
 
 def test_over_optimisation_happens(build, warnings_of):
@@ -194,6 +200,116 @@ def test_the_adapter_that_is_said_to_be_kept_is_the_best_by_what_was_asked_for(b
     best = 1 + kls.index(max(kls))
     assert kept_steps(trainer) == [best]
     assert f"the adapter of step {best} is kept" in warnings_of[-1] and len(warnings_of) == 2
+
+
+# Which step is kept, in words
+
+
+BEST = "Step {} of {} is kept, the best one, chosen by {} on 5 contexts."
+NEAREST = (
+    "No step beat the hard prompt on what selects ({2} on 5 contexts): step {0} of {1}, which came nearest, is kept."
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "judge", "settings", "said"),
+    [
+        ([1.0, 2.0, 0.5], None, {}, BEST.format(2, 3, "the reward")),
+        ([9.0, 9.0, 9.5], [-1.0, 0.5, 0.0], {}, BEST.format(2, 3, "the judge")),
+        ([9.0, 9.0, 9.5], [-1.0, -0.5, -2.0], {}, NEAREST.format(2, 3, "the judge")),
+        # As good as the hard prompt is not better.
+        ([0.0, -1.0, -1.0], None, {}, NEAREST.format(1, 3, "the reward")),
+        ([0.0, 1.0, 2.0], None, {"metric_for_best_model": "eval_reward_win"}, BEST.format(2, 3, "reward_win")),
+        (
+            [2.0, 1.0, 3.0],
+            None,
+            {"metric_for_best_model": "soft_reward", "greater_is_better": False},
+            NEAREST.format(2, 3, "soft_reward"),
+        ),
+    ],
+)
+def test_kept_step_is_named_and_best_only_where_it_beat_the_hard_prompt(build, given, judge, settings, said):
+    trainer = build(Course(given), judge=judge and Course(judge), max_steps=3, **EVERY_STEP, **settings)
+    trainer.train()
+    assert trainer.kept_step() == said and ("best" in said) == said.startswith("Step")
+
+
+def test_kept_step_without_evaluations(build):
+    trainer = build()
+    trainer.train()
+    assert trainer.kept_step() == "Step 2 of 2, the last, is kept: none was evaluated."
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "said"),
+    [
+        ([5.0, 1.0], [2.0, 3.0], BEST.format(1, 4, "the reward")),
+        ([-5.0, -6.0], [-7.0, 3.0], BEST.format(4, 4, "the reward")),
+        ([-1.0, -6.0], [-7.0, -3.0], NEAREST.format(1, 4, "the reward")),
+    ],
+)
+def test_kept_step_of_a_resumed_run_may_lie_before_its_checkpoint(build, first, then, said):
+    """What it beat then is known from the checkpoint's log."""
+    settings = {**EVERY_STEP, **KEEP_ALL}
+    build(Course(first), max_steps=2, **settings).train()
+    again = build(Course(then), max_steps=4, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.kept_step() == said
+
+
+def test_kept_step_of_a_run_that_goes_on_with_another_metric(build):
+    """The first one's best is then not this metric's, nor known not to be."""
+    settings = {**EVERY_STEP, **KEEP_ALL}
+    build(Course([5.0, 4.0]), max_steps=2, **settings).train()
+    again = build(Course([3.0]), judge=Course([1.0]), max_steps=3, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.kept_step() == (
+        "Step 1 of 3 is kept, chosen by another metric before the run went on with judge_difference."
+    )
+
+
+def test_evaluations_after_training_do_not_change_what_is_said(build):
+    trainer = build(Course([1.0, 2.0, -9.0]), **EVERY_STEP)
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.kept_step() == BEST.format(2, 2, "the reward")
+
+
+# More room than in training
+
+
+def test_evaluation_may_use_a_larger_cap_than_training(build):
+    """Training's replies keep theirs."""
+    trainer = build(eval_max_completion_length=20, **EVERY_STEP)
+    lengths = {"train": [], "eval": []}
+    complete = trainer.policy.complete
+
+    def watched(prompts, sampling, **kwargs):
+        lengths["eval" if sampling is trainer.compared_sampling else "train"].append(sampling.max_completion_length)
+        return complete(prompts, sampling, **kwargs)
+
+    trainer.policy.complete = watched
+    trainer.train()
+    assert set(lengths["train"]) == {6} and set(lengths["eval"]) == {20}
+    assert max(logged(trainer, "completions/mean_length")) <= 6 < min(logged(trainer, "eval_hard_tokens"))
+    assert trainer.compare(trainer.eval_dataset)["hard_tokens"].max() > 6
+
+
+def test_contexts_leave_room_for_the_larger_cap(build):
+    """Those that are compared; the others need room for training's alone."""
+    texts = [sample_context(100), [{"role": "user", "content": "tea " * 300}]]
+    long = Dataset.from_dict({"prompt": texts})
+    build(train_dataset=Dataset.from_dict({"prompt": texts * 3}), eval_max_completion_length=900)
+    with pytest.raises(InputError, match="context 2 is"):
+        build(eval_dataset=long, eval_max_completion_length=900)
+
+
+def test_a_cap_that_cuts_is_told_of_once_at_the_first_evaluation(build, caplog):
+    trainer = build(max_steps=3, **EVERY_STEP)
+    with caplog.at_level(logging.WARNING, "h2s"):
+        trainer.train()
+    lines = [line for line in caplog.messages if "No fair match" in line]
+    assert len(lines) == 1 and "the cap of 6 tokens cut 100% of the hard prompt's replies" in lines[0]
 
 
 # What selects

@@ -245,7 +245,7 @@ TABLE = [
     *[(TRAINERS, change, "gradient_checkpointing", "prefix", "leave it off")
       for key in ("gradient_checkpointing", "activation_checkpointing")
       for change in (task(**{key: True}), flags(f"--{key}", "true"))],
-    *[("train_policy", task(**settings), words) for settings, words in [
+    *[("train_policy", task(**settings), *words) for settings, *words in [
           ({"fp16": True}, "fp16 is not supported"),
           ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
           ({"ratio_norm": "sum"}, "ratio_norm"),
@@ -253,6 +253,8 @@ TABLE = [
           ({"cliprange": 1.5}, "cliprange must be between 0 and 1, got 1.5"),
           ({"num_ppo_epochs": 0}, "num_ppo_epochs must be at least 1, got 0"),
           ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
+          ({"eval_max_completion_length": 7}, "eval_max_completion_length must be at least max_completion_length, 8"),
+          ({"eval_max_completion_length": 1100}, "context 1 is", "(or eval_max_completion_length)"),
           ({"num_mini_batches": 4, "per_device_train_batch_size": 3}, "num_mini_batches is 4, more than the 3"),
           ({"eval_strategy": "sometimes"}, "sometimes"),
           ({"lr_scheduler_type": "zigzag"}, "zigzag"),

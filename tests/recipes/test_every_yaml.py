@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -123,6 +124,8 @@ def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_f
     run("compare", "--policy_adapter", trained, "--path", assistant_first,
         "--max_completion_length", 16, "--temperature", 1, "--language", "zh-TW",
         "--output_dir", tmp_path, "--run_name", "c")  # fmt: skip
+    first = (tmp_path / "c" / "README.md").read_text(encoding="utf-8").splitlines()[2]
+    assert first == "Not scored: neither a reward nor a judge was given."
     (sheet,) = (tmp_path / "c").glob("*.xlsx")
     with pytest.raises(InputError, match="human_eval"):
         load_preferences(str(sheet))
@@ -173,7 +176,22 @@ def test_a_judge_selects_and_reports(gemma_folder, bert_folder, sheet_file, cont
     lines = [r for r in state["log_history"] if "eval_judge_difference" in r]
     assert len(lines) == 3 and all("eval_reward_difference" in r for r in lines)
     assert state["best_metric"] == max(r["eval_judge_difference"] for r in lines)
-    assert "| judge |" in (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
+    card, log, changed = (
+        (tmp_path / "p" / name).read_text(encoding="utf-8") for name in ("README.md", "train.log", "what_changed.md")
+    )
+    assert "| judge |" in card and "| judge, both replies finished |" in card
+    # What came out comes first, in the card and of all that the log reports; then which step it is of.
+    verdict, *lines = card.split("# A system prompt as a soft prefix\n\n")[1].splitlines()
+    kept = lines[1 if verdict.startswith("Not shown") else 0]  # after how many would be needed
+    assert re.fullmatch(
+        r"(Gained|Lost|Not shown), by the judge: soft minus hard \S+ \[\S+, \S+\] \(95% interval\), "
+        r"(\d+) contexts \(\2 conversations\)\.", verdict)  # fmt: skip
+    beat = state["best_metric"] > 0
+    assert kept.startswith(f"Step {state['best_global_step']} of 3 is kept" if beat else "No step beat the hard prompt")
+    assert f"tep {state['best_global_step']} of 3" in kept and ("best" in kept) == beat
+    assert f"  {verdict}\n" in log  # after the time
+    assert "best adapter" not in card + log
+    assert changed.startswith("# What changed\n\nThe replies that changed most by the judge, ")
 
 
 def test_generate_replies_and_chats(policy_adapter, capsys, monkeypatch):

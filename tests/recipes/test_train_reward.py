@@ -135,14 +135,19 @@ def test_what_reward_and_judge_say_of_themselves(resumed):
     folds = "on all conversations, each by a model that never saw it (3 folds)"
     report = (resumed.folder / "accuracy.md").read_text(encoding="utf-8")
     assert folds in report and "n=80 (40 conversations)" in report
+    verdict = report.splitlines()[2]
+    assert verdict.startswith("Better than 'the longer wins': ") and verdict.endswith(", 80 pairs (40 conversations).")
+    assert "\nOn average it gives the reply that it prefers " in report.split("\n\n")[1]
     # Each of the sheet's pairs stands there twice, its sides exchanged.
     assert "pairs judged more than once 40, of them contradictory 0" in report
     card = (resumed.folder / "README.md").read_text(encoding="utf-8")
     assert folds in card and "on conversations that this model never saw" in card
+    assert card.split("# A reward model of human judgements\n\n")[1].startswith(f"{verdict}\n")
     judge = (resumed.folder / "judge" / "README.md").read_text(encoding="utf-8")
     assert "judge model" in judge and "folds" not in judge
     assert "on conversations that it never saw" in (resumed.folder / "judge" / "accuracy.md").read_text("utf-8")
     log = (resumed.folder / "train.log").read_text(encoding="utf-8")
+    assert f"reward: {verdict}\n" in log
     for number in (1, 2, 3):
         assert f"fold {number} of 3: accuracy" in log
 

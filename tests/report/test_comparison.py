@@ -7,11 +7,13 @@ from h2s.errors import RunError
 from h2s.report.comparison import (
     HARD_PROMPT_EVALUATION,
     metric_names,
+    of_hard_prompt,
     over_optimisation_line,
     over_optimised,
     picture,
     report,
     summarise,
+    unfair_match,
     write_comparison,
 )
 
@@ -87,20 +89,96 @@ def test_a_reward_that_left_out_everything_ends_the_run(compared, side, tmp_path
 def test_report_by_hand(compared):
     lines = report(compared, ["reward"]).splitlines()
     assert lines == [
+        "Not shown, by the reward: soft minus hard +1.000 [-5.353, +7.353] (95% interval), 4 contexts (2 "
+        "conversations). No judge was given, and the reward that a prompt was trained on shows movement, not what "
+        "people like.",
+        # The spread between two conversations is 0.5 times sqrt(2), so the effect is sqrt(2).
+        "If the difference is as large as it looks here, it would take about 7 conversations (13 contexts) to show it "
+        "(80% power).",
+        "No fair match: the cap of 4 tokens cut 50% of the hard prompt's replies. Raise max_completion_length (in "
+        "train_policy.py eval_max_completion_length is enough), so that they can end.",
+        "Fewer than 30 conversations (2): intervals are too narrow where scores are skewed or conversations differ in "
+        "size (simulated with 10 and 16 conversations of one context, they covered 94 to 95% for normal and 90 to 91% "
+        "for exponential scores).",
+        "",
         "| | soft | hard | soft minus hard (95% interval) |",
         "|---|---|---|---|",
         "| reward | 2.000 | 1.000 | +1.000 [-5.353, +7.353] |",
         "| reward, at equal length | | | +0.000 (no interval), +0.250 a token |",
+        "| reward, both replies finished | 3.000 | 1.000 | +2.000 (no interval), 1 of 4 |",
         "| reward: wins of 4 | 2 | 1 | 1 ties; exact sign test over conversations p = 0.5 |",
         "| tokens | 7.000 | 3.000 | +4.000 [-8.706, +16.706] |",
         "| unfinished | 0.250 | 0.500 | -0.250 [-3.427, +2.927] |",
         "| KL to the hard prompt, nats a reply | 1.000 [1.000, 1.000] | 0 | |",
         "",
         "n = 4 contexts of 2 conversations.",
-        "Fewer than 30 conversations (2): intervals are too narrow where scores are skewed or conversations differ in "
-        "size (simulated with 10 and 16 conversations of one context, they covered 94 to 95% for normal and 90 to 91% "
-        "for exponential scores).",
     ]
+
+
+@pytest.mark.parametrize(
+    ("names", "differences", "begins"),
+    [
+        (["reward"], [2.0, 3.0, 2.0, 3.0], "Gained, by the reward: soft minus hard +2.500 [+"),
+        (["reward", "judge"], [-2.0, -3.0, -2.0, -3.0], "Lost, by the judge: soft minus hard -2.500 [-"),
+        (["judge", "reward"], [2.0, -3.0, 2.0, -3.0], "Not shown, by the judge: soft minus hard -0.500 [-"),
+    ],
+)
+def test_first_line_is_the_judges_verdict_else_the_rewards(compared, names, differences, begins):
+    compared["conversation"] = list("abcd")
+    compared["soft_reward"], compared["hard_reward"] = 9.0, 0.0
+    compared[f"soft_{'judge' if 'judge' in names else 'reward'}"] = differences
+    compared["hard_judge"] = 0.0
+    first = report(compared, names).splitlines()[0]
+    assert first.startswith(begins) and "4 contexts (4 conversations)." in first
+    assert ("No judge was given" in first) == ("judge" not in names)
+
+
+def test_the_kept_step_follows_the_verdict(compared, tmp_path):
+    compared["conversation"] = list("abcd")
+    compared["soft_reward"] = [2.0, 3.0, 2.0, 3.0]
+    first, second, *_ = write_comparison(compared, ["reward"], tmp_path, "Step 2 of 4 is kept.").splitlines()
+    assert first.startswith("Gained, by the reward") and second == "Step 2 of 4 is kept."
+
+
+def test_both_replies_finished_by_hand(compared):
+    """Differences 2 and 3 of two conversations, the others' replies cut: 2.5, and a standard error of 0.5."""
+    compared["soft_finished"], compared["hard_finished"] = [True, True, False, True], [True, False, True, True]
+    row = next(line for line in report(compared, ["reward"]).splitlines() if "both replies finished" in line)
+    assert row == f"| reward, both replies finished | 3.500 | 1.000 | +2.500 [{2.5 - T / 2:.3f}, +8.853], 2 of 4 |"
+    compared["soft_finished"] = False
+    assert "| reward, both replies finished | | | none of 4 |" in report(compared, ["reward"]).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"), [(0, None), (15, None), (16, "the cap of 9 tokens cut 40% of the hard"), (40, "cut 100% of")]
+)
+def test_a_cap_that_cuts_too_many_hard_replies_is_no_fair_match(compared, cut, expected):
+    """Whatever becomes of the soft ones; the cap is what a reply that did not end holds."""
+    many = pd.concat([compared] * 10, ignore_index=True)
+    many["soft_finished"], many["hard_finished"] = False, [i >= cut for i in range(40)]
+    many["hard_tokens"] = [9 if i < cut else 3 for i in range(40)]
+    line = unfair_match(many)
+    assert line is None if expected is None else expected in line
+    assert ("No fair match" in report(many, ["reward"])) == (expected is not None)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("reward_difference", 0),
+        ("reward_difference_low", 0),
+        ("reward_same_length", 0),
+        ("kl", 0),
+        ("reward_win", 0.25),  # it wins one of four, loses two, and one is a tie
+        ("soft_reward", 1.0),
+        ("soft_tokens", 3.0),
+        ("soft_unfinished", 0.5),
+        ("hard_reward", 1.0),
+        ("contexts", 4.0),
+    ],
+)
+def test_what_the_hard_prompt_has_on_a_metric(compared, metric, expected):
+    assert of_hard_prompt(metric, summarise(compared)) == expected
 
 
 @pytest.mark.parametrize(("conversations", "warned"), [(1, True), (29, True), (30, False)])
@@ -141,7 +219,8 @@ def test_report_without_a_kl(compared):
 
 def test_report_without_a_reward(compared, tmp_path):
     lines = write_comparison(compared.drop(columns=["soft_reward", "hard_reward"]), [], tmp_path).splitlines()
-    assert not any("reward" in line for line in lines) and lines[2].startswith("| tokens |")
+    assert lines[0] == "Not scored: neither a reward nor a judge was given."
+    assert not any("reward" in line for line in lines[1:]) and lines[6].startswith("| tokens |")
     assert list(tmp_path.iterdir()) == []  # there is nothing to draw
 
 

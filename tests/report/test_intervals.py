@@ -7,6 +7,7 @@ from scipy import stats
 from h2s.report.intervals import (
     adjusted_interval,
     between_share,
+    conversations_needed,
     difference_text,
     mean_interval,
     share_interval,
@@ -317,3 +318,39 @@ def test_between_share_covers():
         _, low, high = between_share(values)
         covered += low <= 0.6 <= high
     assert 0.93 <= covered / 400 <= 0.98
+
+
+# How many would show it
+
+
+def power(effect, count):
+    """Of the two-sided t test at 5%, by scipy's noncentral t."""
+    edge = stats.t.ppf(0.975, count - 1)
+    shift = effect * math.sqrt(count)
+    return stats.nct.sf(edge, count - 1, shift) + stats.nct.cdf(-edge, count - 1, shift)
+
+
+@pytest.mark.parametrize("mean", [0.3, 0.5, -0.8, 1.5])
+def test_conversations_needed_have_80_percent_power(mean):
+    """Rows that are conversations of their own: Cohen's d is their mean over their spread."""
+    noise = np.random.default_rng(0).normal(size=24)
+    values = mean + (noise - noise.mean()) / noise.std(ddof=1)
+    needed = conversations_needed(values.tolist(), [str(i) for i in range(24)])
+    assert power(abs(mean), math.floor(needed)) < 0.8 <= power(abs(mean), math.ceil(needed))
+
+
+def test_conversations_needed_count_conversations():
+    """Cohen's table 2.3.5 has 34 for d = 0.5; rows that repeat their conversation's value add nothing."""
+    noise = np.random.default_rng(0).normal(size=24)
+    values = (0.5 + (noise - noise.mean()) / noise.std(ddof=1)).tolist()
+    names = [str(i) for i in range(24)]
+    assert math.ceil(conversations_needed(values, names)) == 34
+    assert conversations_needed(values * 3, names * 3) == pytest.approx(conversations_needed(values, names), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [([0, 0, 0], 1e8, math.inf), ([1, -1, 0], 1e8, math.inf), ([100, 101], 2, 4), ([5, 5, 5], 2, 4)],
+)
+def test_conversations_needed_at_the_edges(values, low, high):
+    assert low < conversations_needed(values, [str(i) for i in range(len(values))]) < high

@@ -66,7 +66,8 @@ def table():
             "prompt": [sample_context(i) for i in rows],
             "soft": [f"soft\n\n{i}  words" for i in rows],
             "hard": [f"hard {i}" if i else " \n" for i in rows],
-            "soft_finished": [i != 1 for i in rows],
+            "soft_finished": [i not in (1, 14) for i in rows],
+            "kl": [float(i) for i in rows],
             "hard_finished": True,
             "soft_reward": [i + 0.126 for i in rows],
             "hard_reward": -1.0,
@@ -76,11 +77,22 @@ def table():
     )
 
 
-def test_report_shows_both_replies_of_the_first_contexts(table, policy):
+def test_report_shows_both_replies_of_the_contexts_that_changed_most(table, policy):
     model = policy.model
     with torch.no_grad():
         soft_prefix(model)[:, WIDTH : 2 * WIDTH] *= 1.25
+    # By the judge: the last, up or down the same, then the others by how far; of the third there is no telling.
+    table["soft_judge"] = [0.5, *(0.01 * i for i in range(1, EXAMPLES + 2)), -2.0]
     lines = what_changed(table, model, ["reward", "judge"]).splitlines()
+    assert lines[:4] == [
+        "# What changed",
+        "",
+        "The replies that changed most by the judge, gains and losses alike, the largest change first: 12 of 15 "
+        "contexts. Both prompts answer from the same random state; nothing here was trained on or chosen by.",
+        "",
+    ]
+    shown = [int(line.rsplit(" ", 2)[1]) for line in lines if line.startswith("- soft")]
+    assert shown == [14, 0, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4]
     at = lines.index("> user: walk number 0")
     assert lines[at : at + 9] == [
         "> user: walk number 0",
@@ -93,9 +105,8 @@ def test_report_shows_both_replies_of_the_first_contexts(table, policy):
         "- soft (reward +0.13, judge +0.50): soft 0 words",
         "",
     ]
-    assert "- soft (reward +1.13, judge +0.50, not finished): soft 1 words" in lines
-    assert sum("not finished" in line for line in lines) == 1 == sum("left out" in line for line in lines)
-    assert "- hard (reward -1.00, judge left out): hard 2" in lines
+    assert "- soft (reward +14.13, judge -2.00, not finished): soft 14 words" in lines
+    assert sum("not finished" in line for line in lines) == 1
     for side in ("soft", "hard"):
         assert sum(line.startswith(f"- {side} (") for line in lines) == EXAMPLES
     assert lines[-6:] == ["| layer | keys | values |", "|---|---|---|", "| 0 | 0.0000 | 0.2500 |"] + [
@@ -103,9 +114,20 @@ def test_report_shows_both_replies_of_the_first_contexts(table, policy):
     ]
 
 
+def test_without_a_judge_the_reward_says_what_changed_most(table, policy):
+    """What it left out comes last, and is still shown where there is room."""
+    few = table.head(4).drop(columns=["soft_judge", "hard_judge"])
+    few.loc[3, "hard_reward"] = math.nan
+    lines = what_changed(few, policy.model, ["reward"]).splitlines()
+    assert lines[2].startswith("The replies that changed most by the reward, gains and losses alike, the largest")
+    assert [line[-7] for line in lines if line.startswith("- soft")] == ["2", "1", "0", "3"]
+    assert "- hard (reward left out): hard 3" in lines
+
+
 def test_report_without_scores(table, policy, tmp_path):
     path = write_what_changed(table, policy, [], tmp_path)
     text = path.read_text(encoding="utf-8")
     assert path == tmp_path / "what_changed.md" and text == what_changed(table, policy.model, [])
-    assert "- soft (): soft 0 words" not in text and "- soft: soft 0 words" in text
-    assert "- soft (not finished): soft 1 words" in text
+    assert "- soft (): soft" not in text and "most by the log-ratio to the hard prompt, the largest" in text
+    shown = [line for line in text.splitlines() if line.startswith("- soft")]
+    assert shown[:2] == ["- soft (not finished): soft 14 words", "- soft: soft 13 words"] and len(shown) == EXAMPLES

@@ -190,7 +190,7 @@ def test_readable_log(start, capfd):
     [
         ([], "no checkpoint yet"),
         (["checkpoint-8/x", "checkpoint-16/x"], "checkpoint-16"),
-        (["checkpoint-8/x", "adapter_model.safetensors"], "checkpoint-8, the best adapter at its root"),
+        (["checkpoint-8/x", "adapter_model.safetensors"], "checkpoint-8, the kept adapter at its root"),
     ],
 )
 def test_how_to_go_on(run, start, files, holds):

@@ -36,8 +36,8 @@ def main(run, argv: list[str] | None = None) -> None:
     contexts = load_contexts(data_args.require("path", "dataset"))
     opened = PrefixTuningPolicyModel.open(model_args.require("policy_adapter", "model"))
     opened = opened.with_question_prefix(data_args.question_prefix)
-    blinded_sheet.check_fits_cells(contexts["prompt"])
-    opened.encode(contexts["prompt"], args.max_completion_length)  # each can be answered
+    blinded_sheet.check_fits_cells(contexts)
+    opened.encode(contexts, args.max_completion_length)  # each can be answered
     if data_args.split == "test":
         contexts = splits.split_by_conversation(contexts, data_args.split_seed, data_args.test_size)["test"]
     scorers = open_scorers(model_args.reward_adapter, model_args.judge_adapter)

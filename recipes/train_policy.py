@@ -34,7 +34,7 @@ def main(run, argv: list[str] | None = None) -> None:
     opened = open_policy(model_args, model_args.prefix_adapter, question_prefix=data_args.question_prefix)
     model_args.check_reward()
     scorers = open_scorers(model_args.reward_adapter, model_args.judge_adapter, model_args.reward_function)
-    opened.encode(contexts["prompt"], args.compared_completion_length)  # each can be answered
+    opened.encode(contexts, args.compared_completion_length)  # each can be answered
     parts = splits.split_by_conversation(contexts, data_args.split_seed, data_args.test_size)
     seen_by = {"policy": opened.prefix.seen} | {name: scorer.seen for name, scorer in scorers.items()}
     parts["test"], aside = splits.set_aside_seen(parts["test"], seen_by)

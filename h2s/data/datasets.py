@@ -83,6 +83,15 @@ def load_contexts(path: str | Sequence[str]) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+def places_of(contexts: Dataset) -> list[str]:
+    """What to call each context: `context 65` where row 65 of its file is meant, else its place, counted from 1."""
+    if not {"file", "row"} <= set(contexts.column_names):
+        return [f"context {number}" for number in range(1, len(contexts) + 1)]
+    files, rows = contexts["file"][:], contexts["row"][:]
+    several = len(set(files)) > 1
+    return [f"context {row}" + (f" of {file}" if several else "") for file, row in zip(files, rows, strict=True)]
+
+
 def _typed(where: str, column: list) -> list:
     """A column's values, None where one is missing, if they are of one type.
 

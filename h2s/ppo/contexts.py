@@ -65,7 +65,7 @@ def encode_contexts(
     """Contexts with `prompt` as messages and `prompt_ids`, what is fed after the prefix.
 
     Raises:
-        InputError: the columns are wrong, or a context cannot be answered (named by its place, counted from 1).
+        InputError: the columns are wrong, or a context cannot be answered (named by its row or place).
     """
     check_columns(dataset, name)
     prompts = []
@@ -74,7 +74,7 @@ def encode_contexts(
             prompts.append(as_messages(prompt))
         except InputError as error:
             raise InputError(f"{name}, context {number}: {error}") from error
-    prompt_ids = policy.encode(prompts, max_completion_length)
+    prompt_ids = policy.encode(dataset, max_completion_length)
     others = {c: dataset[c][:] for c in dataset.column_names if c not in ("prompt", "prompt_ids")}
     return Dataset.from_dict({**others, "prompt": prompts, "prompt_ids": prompt_ids})
 

@@ -1,4 +1,4 @@
-"""Which part of a chat rendering is the prefix, the chat template that prints the rest, and the seam between them.
+"""Which part of a chat rendering is the prefix, and the chat template that prints the rest.
 
 A conversation is rendered as `[system: hard prompt] (+ [user: opening]) + conversation`. All such renderings begin
 with the same tokens; these become the soft prefix, and the adapter's tokenizer carries a *wrapped* chat template that
@@ -10,7 +10,7 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -292,56 +292,3 @@ def _as_jinja(settings: dict[str, Any]) -> dict[str, str]:
                 f"{name!r}: {value!r}"
             )
     return {name: as_jinja_text(value) for name, value in settings.items()}
-
-
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix, contexts: Sequence[Messages], max_length: int | None = None
-) -> list[list[int]]:
-    """What must be fed after the prefix for the model to reply to each context.
-
-    Args:
-        tokenizer: the adapter's, with the wrapped template.
-        prefix: what the adapter holds.
-        contexts: conversations that wait for the assistant's reply.
-        max_length: the most tokens a prompt may have (the policy never cuts).
-
-    Returns:
-        Token ids a context.
-
-    Raises:
-        InputError: a context begins with the wrong role, spells out a special token, its tokens merge with the
-            prefix's, or it is too long; the context is named by its place, counted from 1.
-    """
-    special = special_tokens(tokenizer)
-    prompts = []
-    for number, messages in enumerate(contexts, start=1):
-        if messages[0]["role"] != prefix.first_role:
-            remedy = "set" if messages[0]["role"] == "assistant" else "leave out"
-            raise InputError(
-                f"context {number} begins with the {messages[0]['role']}, but with this adapter a conversation begins "
-                f"with the {prefix.first_role}: {remedy} opening_user_message"
-            )
-        for message in messages:
-            check_plain_text(f"context {number}: a message of the {message['role']}", message["content"], special)
-        try:
-            prompts.append(render(tokenizer, messages, add_generation_prompt=True))
-        except InputError as error:
-            raise InputError(f"context {number}: {error}") from error
-    encoded = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
-    first = prefix.token_ids
-    for number, (text, ids) in enumerate(zip(prompts, encoded, strict=True), start=1):
-        # tokens(prefix) + tokens(rest) must be tokens(whole), or the model would see others than the hard prompt's.
-        whole = tokenizer(prefix.text + text, add_special_tokens=False).input_ids
-        if whole != first + ids:
-            at = next((i for i, (a, b) in enumerate(zip(whole, first + ids, strict=False)) if a != b), len(first))
-            merged = tokenizer.convert_ids_to_tokens(whole[at : at + 1])
-            raise InputError(
-                f"context {number} merges with the hard prompt across the seam (token {merged}): it begins with "
-                f"{text[:20]!r} after {prefix.text[-20:]!r}; change how the context begins"
-            )
-        if max_length is not None and len(ids) > max_length:
-            raise InputError(
-                f"context {number} is {len(ids)} tokens long, but the model takes {max_length} beside the prefix and "
-                "the completion: shorten it or lower max_completion_length (or eval_max_completion_length)"
-            )
-    return encoded

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from datasets import Dataset
 from peft import TaskType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -14,8 +15,9 @@ from h2s.errors import InputError
 from h2s.hub import adapter_folder
 from h2s.models import load_config, load_tokenizer, model_source, room_for_text
 from h2s.prefix.adapter import read_adapter_config
-from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
+from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
 from h2s.prefix.legacy import OPENING_USER_MESSAGE, QUESTION_PREFIX, LegacyCheckpoint, LegacyPrefix
+from h2s.prefix.prompts import encode_beside
 from h2s.prefix.question_prefix import with_question_prefix
 from h2s.run.arguments import HardPromptArguments, read_hard_prompt
 from h2s.run.settings import NO_DEVICE_MAP
@@ -45,11 +47,12 @@ class OpenedPolicy:
     download: dict[str, Any] = field(default_factory=dict)
     legacy: LegacyPrefix | None = None
 
-    def encode(self, contexts: Sequence[Messages], max_completion_length: int) -> list[list[int]]:
+    def encode(self, contexts: Dataset | Sequence[Messages], max_completion_length: int) -> list[list[int]]:
         """The token ids that follow the prefix for each context; none is too long for a completion beside it.
 
         Raises:
-            InputError: a context cannot be answered with this prefix; it is named by its place, counted from 1.
+            InputError: a context cannot be answered with this prefix; it is named by its row in its file, or by its
+                place, counted from 1.
         """
         return encode_beside(self.tokenizer, self.prefix, self.config, contexts, max_completion_length)
 
@@ -188,15 +191,3 @@ def _leave_out(arguments: HardPromptArguments, source: str, *keys: str) -> None:
     for key in keys:
         if getattr(arguments, key) is not None:
             raise InputError(f"{source} brings its own {key}: leave {key} out")
-
-
-def encode_beside(
-    tokenizer: PreTrainedTokenizerBase,
-    prefix: ChatPrefix,
-    config: PretrainedConfig,
-    contexts: Sequence[Messages],
-    max_completion_length: int,
-) -> list[list[int]]:
-    """Encode contexts that leave room for a completion beside prefix and prompt."""
-    room = room_for_text(config, len(prefix.token_ids)) - max_completion_length
-    return encode_prompts(tokenizer, prefix, contexts, room)

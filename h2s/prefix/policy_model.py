@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,8 +35,9 @@ from h2s.prefix.adapter import (
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
 from h2s.prefix.generation import Sampling, decode, seeded, stop_token_ids
 from h2s.prefix.legacy import LegacyPrefix
-from h2s.prefix.opened import OpenedPolicy, check_download, encode_beside, open_adapter, open_hard_prompt
+from h2s.prefix.opened import OpenedPolicy, check_download, open_adapter, open_hard_prompt
 from h2s.prefix.policy_module import PolicyModule
+from h2s.prefix.prompts import encode_beside
 from h2s.prefix.question_prefix import with_question_prefix
 from h2s.run.settings import NO_DEVICE_MAP
 
@@ -250,7 +252,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
         with hard_prompt_active(self.model):
             yield
 
-    def encode(self, contexts: Sequence[Messages], max_completion_length: int) -> list[list[int]]:
+    def encode(self, contexts: Dataset | Sequence[Messages], max_completion_length: int) -> list[list[int]]:
         """As [`OpenedPolicy.encode`]."""
         config = self.model.get_base_model().config
         return encode_beside(self.tokenizer, self.prefix, config, contexts, max_completion_length)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,9 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from scipy.special import expit
 
-from h2s.data.datasets import LABELS, POLICY_BETTER, Judgements
+from h2s.data.datasets import LABELS, POLICY_BETTER, REFERENCE_BETTER, Judgements
 from h2s.data.splits import Part, conversations_of
+from h2s.report.agreement import agreement_text
 from h2s.report.intervals import difference_text, share_interval, share_text
 from h2s.report.verdict import accuracy_verdict, calibration_verdict
 from h2s.reward.model import RewardModel, reply_text
@@ -37,7 +39,7 @@ BASELINES = {"longer wins": "length_difference"}
 
 
 def sheet_report(judgements: Judgements) -> str:
-    """What is odd about a sheet, in lines: judgements given twice, contradictions, and a preferred side."""
+    """What is odd about sheets, in lines: judgements given twice, contradictions, a preferred side, agreement."""
     seen: dict[tuple[str, frozenset[str]], list[str]] = {}
     for row in judgements.dataset:
         chosen, rejected = reply_text(row["chosen"]), reply_text(row["rejected"])
@@ -49,11 +51,25 @@ def sheet_report(judgements: Judgements) -> str:
     sides = [float(label == POLICY_BETTER) for label in labels]
     _, low, high = share_interval(sides, conversations)
     bias = "" if low <= 0.5 <= high else "; one side is preferred: were they shuffled?"
-    return (
+    lines = [
         f"pairs judged more than once {len(repeated)}, of them contradictory {contradictory}; "
-        f"pairs of two identical responses {identical}\n"
-        f"the policy's side is the better one in {share_text(sides, conversations)}{bias}"
-    )
+        f"pairs of two identical responses {identical}",
+        f"the policy's side is the better one in {share_text(sides, conversations)}{bias}",
+    ]
+    if len(judgements.unjudged) > 1:
+        lines.append(agreement_text(votes.values() for votes in _votes(judgements).values()))
+    return "\n".join(lines)
+
+
+def _votes(judgements: Judgements) -> dict[Any, dict[str, int]]:
+    """Of each pair, whichever side its replies stood on, the label that each file gave it first."""
+    votes: dict[Any, dict[str, int]] = {}
+    exchanged = {POLICY_BETTER: REFERENCE_BETTER, REFERENCE_BETTER: POLICY_BETTER}
+    for row in judgements.rows:
+        replies = (row.policy_response, row.reference_response)
+        label = row.label if replies[0] <= replies[1] else exchanged.get(row.label, row.label)
+        votes.setdefault((repr(row.prompt), *sorted(replies)), {}).setdefault(row.file, label)
+    return votes
 
 
 def pair_table(reward: RewardModel, test: Dataset) -> pd.DataFrame:

@@ -1,12 +1,12 @@
 """How far several people who judged the same pairs agree."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
 
 
-def agreement_text(votes: Iterable[Sequence[int]]) -> str:
+def agreement_text(votes: Iterable[Collection[int]]) -> str:
     """Say how far judgements of the same pairs agree: the share of pairs, and Fleiss' kappa (1971).
 
     Kappa takes equally many judgements of every pair: it is that of the pairs judged as often as most are, and the

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from datasets import Dataset
 
 from h2s.data.cells import Stored, is_blank, read_label
-from h2s.data.datasets import BOTH_POOR, LABEL_WORDS, LABELS, POLICY_BETTER, REFERENCE_BETTER, TIE
+from h2s.data.datasets import BOTH_POOR, LABEL_WORDS, LABELS, POLICY_BETTER, REFERENCE_BETTER, TIE, places_of
 from h2s.data.messages import Messages, conversation_id, parse_messages
 from h2s.data.tables import read_table
 from h2s.errors import InputError
 from h2s.report.agreement import agreement_text
 from h2s.report.intervals import share_interval, share_text, sign_test_text
+from h2s.report.verdict import needed
 from h2s.report.workbook import (
     CELL,
     HIDDEN,
@@ -83,17 +85,17 @@ def write_blinded_sheet(
     return path, key_path, said
 
 
-def check_fits_cells(prompts: Iterable[Messages]) -> None:
+def check_fits_cells(contexts: Dataset) -> None:
     """Check that each context fits into a cell: cut, it would be no conversation any more.
 
     Raises:
-        InputError: one does not, named by its place from 1.
+        InputError: one does not.
     """
-    for number, prompt in enumerate(prompts, start=1):
+    for place, prompt in zip(places_of(contexts), contexts["prompt"], strict=True):
         length = len(escaped(_as_json(prompt)))
         if length > CELL:
             raise InputError(
-                f"context {number} has {length} characters as JSON, and a cell of the blinded sheet holds {CELL}: "
+                f"{place} has {length} characters as JSON, and a cell of the blinded sheet holds {CELL}: "
                 "shorten it or leave it out"
             )
 
@@ -156,9 +158,11 @@ def people_verdict(sheets: Sequence[str]) -> str:
     )
     lines = [f"{_first_sentence(votes)}\n", *_counts(votes, list(sheets))]
     wins, conversations = votes["winner"].map({"soft": 1.0, "hard": 0.0}).fillna(0.5), votes["conversation"]
+    shown = not lines[0].startswith("Not shown")
+    more = "" if shown else " " + needed((wins - 0.5).tolist(), conversations.tolist(), "judgement")
     lines.append(
         f"\nWith ties and both-poor rows as half: {share_text(wins.tolist(), conversations.tolist())}; "
-        f"{sign_test_text((wins - 0.5).tolist(), conversations.tolist())}.\n"
+        f"{sign_test_text((wins - 0.5).tolist(), conversations.tolist())}.{more}\n"
     )
     judged = votes["sheet"].value_counts()
     lines += [f"- {sheet}: {judged.get(sheet, 0)} of {len(key['rows'])} rows judged" for sheet in sheets]

@@ -23,8 +23,9 @@ from h2s.prefix.adapter import (
     save_tokenizer,
     soft_prefix,
 )
-from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
+from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
 from h2s.prefix.generation import Sampling, generate
+from h2s.prefix.prompts import encode_prompts
 
 RELATIVE = 1e-4
 NEW_TOKENS = 12

@@ -13,7 +13,8 @@ from transformers.utils import chat_template_utils
 
 from h2s.errors import InputError
 from h2s.models import load_tokenizer
-from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, render, wrap_chat_template
+from h2s.prefix.chat_template import ChatPrefix, chat_prefix, render, wrap_chat_template
+from h2s.prefix.prompts import encode_prompts
 
 # Prints every message as it comes; whatever is refused with it, the wrapper refuses.
 UNCHECKED = (

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemm
 
 from h2s.prefix import generation
 from h2s.prefix.adapter import hard_prompt_active, prefix_from_hard_prompt, soft_prefix
-from h2s.prefix.chat_template import encode_prompts
 from h2s.prefix.generation import Batch, Sampling, completion_logps, decode, generate, seeded, stop_token_ids
+from h2s.prefix.prompts import encode_prompts
 
 PAD = 0
 LONG = [{"role": "user", "content": "I went for a long walk. " * 12}]

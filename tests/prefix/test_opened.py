@@ -8,8 +8,8 @@ from tiny import HARD_PROMPT, sample_context, turns
 from transformers import AutoTokenizer
 
 from h2s import InputError, PrefixTuningPolicyModel
-from h2s.prefix.chat_template import encode_prompts
 from h2s.prefix.opened import open_hard_prompt, open_policy
+from h2s.prefix.prompts import encode_prompts
 from h2s.run.arguments import PolicyModelArguments
 
 POSITIONS, PREFIX = 1024, 31

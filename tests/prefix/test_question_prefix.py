@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from h2s import InputError, PrefixTuningPolicyModel
 from h2s.data.messages import conversation_id
-from h2s.prefix.chat_template import ChatPrefix, chat_prefix, encode_prompts, wrap_chat_template
+from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
+from h2s.prefix.prompts import encode_prompts
 from h2s.prefix.question_prefix import with_question_prefix
 
 AWKWARD = ["好的，題目如下：", "Close {% raw %} and {{ name }} and %}", "say \"hi\" or 'hi'\n", "🙂 \\n"]

@@ -231,6 +231,26 @@ def test_a_side_that_is_preferred(tmp_path, labels, share, said):
     assert ("one side is preferred: were they shuffled?" in second) == said
 
 
+def test_agreement_of_several_sheets(tmp_path):
+    """Three pairs that both judged, one of them with the sides and the verdict exchanged: they differ on one."""
+    first = [["tea", "one", "two", 0], ["walk", "one", "two", 3], ["rain", "one", "two", 0], ["cat", "one", "two", 0]]
+    second = [
+        ["tea", "two", "one", 1],
+        ["walk", "two", "one", 3],
+        ["rain", "one", "two", 1],
+        ["cat", "one", "two", None],
+    ]
+    paths = []
+    for name, rows in (("a.xlsx", first), ("b.xlsx", second)):
+        pd.DataFrame(rows, columns=COLUMNS).to_excel(tmp_path / name, index=False)
+        paths.append(str(tmp_path / name))
+    said = sheet_report(read_judgements(paths)).splitlines()[-1]
+    # By hand: P = 2/3, shares 2/6 (0 "one"), 2/6 (tie), with "one" 3 of 6 and "two" 1 of 6: P_e = 9/36 + 1/36 + 4/36.
+    kappa = (2 / 3 - 14 / 36) / (1 - 14 / 36)
+    assert said.startswith("3 pairs were judged by two people or more, and all say the same of 2 (0.667)")
+    assert f"kappa {kappa:.2f} " in said
+
+
 # Files
 
 

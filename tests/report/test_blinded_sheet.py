@@ -8,6 +8,7 @@ import zipfile
 import openpyxl
 import pandas as pd
 import pytest
+from datasets import Dataset
 from openpyxl.utils.escape import unescape
 from scipy import stats
 from tiny import sample_context
@@ -237,7 +238,11 @@ def test_verdict_by_hand(judged):
     ]
     # 12 and 7 halves of 24 rows.
     assert lines[9].startswith("With ties and both-poor rows as half: 0.646 [")
-    assert lines[9].endswith(f"n=24 (24 conversations); exact sign test p = {p:.3g}.")
+    # Mean 3.5 / 24, standard deviation 0.403: d = 0.362, so (1.96 + 0.84)^2 / d^2 and two more for Student's t.
+    assert lines[9].endswith(
+        f"n=24 (24 conversations); exact sign test p = {p:.3g}. If the difference is as large as it looks here, it would "
+        "take about 62 conversations (62 judgements) to show it (80% power)."
+    )
     assert lines[10:] == ["", f"- {folder / SHEET}: 24 of 24 rows judged"]
 
 
@@ -595,7 +600,7 @@ def test_replies_that_no_cell_holds_come_back(tmp_path):
 
 
 def test_context_that_no_cell_holds():
-    check_fits_cells([sample_context(0)])
+    check_fits_cells(Dataset.from_dict({"prompt": [sample_context(0)]}))
     long = [{"role": "user", "content": "x" * 32_768}]
     with pytest.raises(InputError, match="context 2 has 32801 characters as JSON"):
-        check_fits_cells([sample_context(0), long])
+        check_fits_cells(Dataset.from_dict({"prompt": [sample_context(0), long]}))

@@ -240,8 +240,8 @@ def test_verdict_by_hand(judged):
     assert lines[9].startswith("With ties and both-poor rows as half: 0.646 [")
     # Mean 3.5 / 24, standard deviation 0.403: d = 0.362, so (1.96 + 0.84)^2 / d^2 and two more for Student's t.
     assert lines[9].endswith(
-        f"n=24 (24 conversations); exact sign test p = {p:.3g}. If the difference is as large as it looks here, it would "
-        "take about 62 conversations (62 judgements) to show it (80% power)."
+        f"n=24 (24 conversations); exact sign test p = {p:.3g}. If the difference is as large as it looks here, it "
+        "would take about 62 conversations (62 judgements) to show it (80% power)."
     )
     assert lines[10:] == ["", f"- {folder / SHEET}: 24 of 24 rows judged"]
 

@@ -19,7 +19,7 @@ from datasets import load_dataset
 
 from h2s.data.cells import INVISIBLE, Stored, is_blank
 from h2s.data.text_files import decode, read_csv
-from h2s.data.workbooks import SAVE, UNPACKED_MB, Grid, read_worksheet, unpacks_to
+from h2s.data.workbooks import SAVE, UNPACKED_MB, Grid, read_worksheet, unpacks_to, worksheet_names
 from h2s.errors import InputError, in_short
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,9 @@ def read_table(
     try:
         columns, rows = _below_header(path, grid, wanted, suffix) if suffix in GRIDS else _by_key(items, wanted)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    return _without_blank_rows(path, columns, rows, wanted)
+        sheets = f" (its worksheets: {worksheet_names(path)}; sheet picks one)" if suffix == ".xlsx" else ""
+        raise InputError(f"{path}: {error}{sheets}") from error
+    return _without_blank_rows(path, columns, rows, wanted, suffix)
 
 
 def _name(header: Any) -> str:
@@ -162,17 +163,22 @@ def _by_key(items: list[tuple[int, Any]], wanted: Sequence[str]) -> tuple[list[s
     return list(columns.values()), {number: {columns[k]: v for k, v in item.items()} for number, item in items}
 
 
-def _without_blank_rows(path: str, columns: Sequence[str], rows: Rows, wanted: Sequence[str]) -> Rows:
-    """The rows with a cell in some wanted column, each with all columns; what else is left out is logged."""
+def _without_blank_rows(path: str, columns: Sequence[str], rows: Rows, wanted: Sequence[str], suffix: str) -> Rows:
+    """The rows with a cell in some wanted column, each with all columns.
+
+    What else is left out is counted and logged, but for the blank rows that programs leave at a sheet's end.
+    """
     left: Rows = {}
-    without = 0
+    without = at_end = 0
     for number, row in rows.items():
         cells = {name: row.get(name) for name in columns if name}
         if all(is_blank(cells[name]) for name in wanted):
-            without += not all(map(is_blank, cells.values()))
+            without += 1
+            at_end = at_end + 1 if suffix in GRIDS and all(map(is_blank, cells.values())) else 0
             continue
+        at_end = 0
         left[number] = {n: c.value if isinstance(c, Stored) and n not in wanted else c for n, c in cells.items()}
-    if without:
+    if without := without - at_end:
         logger.warning("%s: %d rows hold nothing in %s and are left out", path, without, ", ".join(wanted))
     return left
 
@@ -201,8 +207,10 @@ def _read_json(path: str, lines: bool) -> list[tuple[int, Any]]:
     rows = []
     # Not splitlines: a JSON string may hold U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            item = json.loads(line, object_pairs_hook=_each_key_once) if line.strip() else {}
+            item = json.loads(line, object_pairs_hook=_each_key_once)
         except json.JSONDecodeError as error:
             raise InputError(f"line {number}, character {error.pos + 1}: {error.msg} (an object a line)") from error
         if not isinstance(item, dict):

@@ -5,10 +5,11 @@ import logging
 import re
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from openpyxl import load_workbook
+from openpyxl import Workbook, load_workbook
 from openpyxl.worksheet.worksheet import Worksheet
 
 from h2s.data.cells import Stored
@@ -80,24 +81,30 @@ def read_worksheet(path: str, sheet: str | None = None) -> Grid:
         InputError: there is no such worksheet, or the file cannot be read.
     """
     check_workbook(Path(path))
-    whole = _unstripped(Path(path))
-    with warnings.catch_warnings(action="ignore"):  # openpyxl's, on styles and lists that it leaves out
-        book = load_workbook(whole, data_only=True)
+    book = _open(path)
     visible = [s for s in book.worksheets if s.sheet_state == "visible"]
-    names = ", ".join(repr(s.title) + ("" if s in visible else " (hidden)") for s in book.worksheets)
-    if sheet is not None:
-        chosen = next((s for s in book.worksheets if s.title == sheet), None)
-        if chosen is None:
-            raise InputError(f"it has no worksheet {sheet!r}, but {names or 'none'}")
-    elif not visible:
-        raise InputError(f"it has no visible worksheet, but {names or 'none'}: sheet picks one")
-    else:
-        chosen = visible[0]
+    chosen = next((s for s in (visible if sheet is None else book.worksheets) if sheet in (None, s.title)), None)
+    if chosen is None:
+        wanted = "visible worksheet" if sheet is None else f"worksheet {sheet!r}"
+        raise InputError(f"it has no {wanted}, but {_names(book.worksheets) or 'none'}: sheet picks one")
     others = [s for s in book.worksheets if s is not chosen and s.max_row > 1]
     if others and sheet is None:
-        left = ", ".join(repr(s.title) + ("" if s in visible else " (hidden)") for s in others)
-        logger.warning("%s: the worksheet %r is read, not %s (sheet picks one)", path, chosen.title, left)
+        logger.warning("%s: the worksheet %r is read, not %s (sheet picks one)", path, chosen.title, _names(others))
     return _cells(path, chosen)
+
+
+def worksheet_names(path: str) -> str:
+    """The worksheets of a workbook that can be read, in words."""
+    return _names(_open(path).worksheets)
+
+
+def _names(sheets: Iterable[Worksheet]) -> str:
+    return ", ".join(repr(s.title) + ("" if s.sheet_state == "visible" else " (hidden)") for s in sheets)
+
+
+def _open(path: str) -> Workbook:
+    with warnings.catch_warnings(action="ignore"):  # openpyxl's, on styles and lists that it leaves out
+        return load_workbook(_unstripped(Path(path)), data_only=True)
 
 
 def _unstripped(file: Path) -> Path | io.BytesIO:

@@ -169,9 +169,6 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
                 # Not after a fault: with NCCL it could wait for processes that are in a collective.
                 distributed.destroy_process_group()
         except InputError as error:
-            if run.folder is None:
-                for record in list(run.early.buffer):
-                    run.say(record.getMessage())
             run.say(f"error: {_one_line(error)}")
             sys.exit(2)
         except KeyboardInterrupt:

@@ -122,7 +122,6 @@ UNREADABLE = [
     (json.dumps(turns("user", "user")), "must alternate between user and assistant, got two 'user'"),
     (json.dumps(turns("user", "assistant")), "the last message must be the user's"),
     (json.dumps([{"role": "user", "content": [{"type": "image", "url": "x"}]}]), "content parts must be"),
-    ("", "non-empty text"),
     (r'[{"role": "user", "content": "half \ud83d a smile"}]', "half a character"),
 ]
 
@@ -137,19 +136,20 @@ TABLE = [
     ("train_reward", rows(["hello", "a", "b"], columns=[*COLUMNS[:2], "verdict"]),
      "missing column reference_response, human_eval", "found context_messages, policy_response, verdict"),
     ("train_reward", rows(*[[*UNLABELLED, n] for n in (2, 3, 3)]), "no row is labelled 0 or 1", "(3 rows)"),
-    *[("train_reward", rows(GOOD_ROW, GOOD_ROW, [*UNLABELLED, label]), "row 4: human_eval must be 0, 1, 2 or 3, got")
-      for label in (4, -1, 0.5, "better", None, True)],
+    *[("train_reward", rows(GOOD_ROW, GOOD_ROW, [*UNLABELLED, label]), "row 4, human_eval: expected one of 0, 1, 2")
+      for label in (4, -1, 0.5, "better", True)],
     # Set aside or not, each row is checked.
-    *[("train_reward", rows(GOOD_ROW, [c, "a", "b", 3]), "row 3: context_messages", words) for c, words in UNREADABLE],
+    *[("train_reward", rows(GOOD_ROW, [c, "a", "b", 3]), "row 3, context_messages:", words) for c, words in UNREADABLE],
     *[(WITH_CONTEXTS, items("hello", c), "row 2, context:", words) for c, words in UNREADABLE],
     *[("train_reward", rows(GOOD_ROW, [empty if n == column else cell for n, cell in enumerate(GOOD_ROW)]),
-       f"row 3: {COLUMNS[column]}", "got an empty cell") for column in (1, 2) for empty in ("", "  ", None)],
-    (WITH_CONTEXTS, data("a.json", '[{"prompt": "hi", "id": 1}]'), "no column 'context'", "found prompt, id"),
-    (WITH_CONTEXTS, data("a.json", "[]"), "no column 'context'", "found none"),
+       f"row 3, {COLUMNS[column]}: ", "got an empty cell") for column in (0, 1, 2) for empty in ("", "  ", None)],
+    (WITH_CONTEXTS, data("a.json", '[{"prompt": "hi", "id": 1}]'), "missing column context", "found prompt, id"),
+    (WITH_CONTEXTS, data("a.json", "[]"), "missing column context", "found none"),
     (WITH_CONTEXTS, data("a.json", '{"context": "hi"}'), "it is not a list of objects"),
     (WITH_CONTEXTS, items("hi", "ho", topic=[1, "tea"]), "contexts.json, column topic: a column holds values of one"),
     ("train_policy", items(*map(str, range(40)), completions=range(40)), "has a column completions", "rename it"),
-    (WITH_CONTEXTS, items("hello", turns("assistant", "user")), "context 2 begins with the assistant", "opening_user"),
+    (WITH_CONTEXTS, items(*[turns("assistant", "user")] * 2), "context 1 begins with the assistant", "opening_user"),
+    (WITH_CONTEXTS, items("hello", turns("assistant", "user")), "1 of 2 contexts begin with the", "mend context 2"),
     (WITH_CONTEXTS, items("hello", "tea " * 1200), "context 2 is", "tokens long", "max_completion_length"),
     (WITH_CONTEXTS, items(*["hello"] * 5), "part is empty: 1 conversations are too few for test_size 0.2"),
     *[(WITH_DATA, dataset(test_size=share), "test_size must lie between 0 and 0.6", f"got {share}")

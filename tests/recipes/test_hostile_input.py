@@ -100,23 +100,22 @@ WORKBOOKS = {
         lambda p: rezipped(p, "xl/worksheets/sheet1.xml", " " * 60 * 2**20),
         "it unpacks to 60 MB, more than the 32 MB that are read: save it as .csv or .jsonl",
     ),
-    "formula without value": (response("=A1&B1"), "row 3: policy_response", "uncomputed formula", "give its text"),
-    "command as a formula": (response(CALC), "row 3: policy_response", "uncomputed formula"),
-    "error cell": (response("#REF!"), "row 3: policy_response", "an error", "give its text"),
-    "label by formula": (lambda p: workbook(p, [*GOOD_ROW[:3], "=1-1"]), "row 2: human_eval must be 0, 1, 2 or 3"),
-    "label error": (lambda p: workbook(p, [*GOOD_ROW[:3], "#DIV/0!"]), "row 2: human_eval must be 0, 1, 2 or 3"),
+    "formula without value": (response("=A1&B1"), "row 3, policy_response: ", "uncomputed formula", "give its text"),
+    "command as a formula": (response(CALC), "row 3, policy_response: ", "uncomputed formula"),
+    "error cell": (response("#REF!"), "row 3, policy_response: ", "the error #REF!", "give its text"),
+    "label by formula": (lambda p: workbook(p, [*GOOD_ROW[:3], "=1-1"]), "no row is labelled 0", "1 without a verdict"),
+    "label error": (lambda p: workbook(p, [*GOOD_ROW[:3], "#DIV/0!"]), "row 2, human_eval: expected one of 0, 1, 2, 3"),
     "label is a date": (
         lambda p: workbook(p, [*GOOD_ROW[:3], datetime.date(1900, 1, 1)]),
-        "row 2: human_eval must be 0, 1, 2 or 3",
+        "row 2, human_eval: expected one of 0, 1, 2, 3",
     ),
-    "date for a reply": (response(datetime.datetime(2024, 1, 2)), "row 3: policy_response", "2024", "cell as text"),
-    "time for a reply": (response(datetime.time(12, 30)), "row 3: policy_response", "cell as text"),
-    "day beyond all calendars": (day_beyond_all_calendars, "row 2: policy_response", "give its text"),
+    "date for a reply": (response(datetime.datetime(2024, 1, 2)), "row 3, policy_response: ", "2024", "cell as text"),
+    "time for a reply": (response(datetime.time(12, 30)), "row 3, policy_response: ", "cell as text"),
+    "day beyond all calendars": (day_beyond_all_calendars, "row 2, policy_response: ", "give its text"),
     "date for a context": (
         lambda p: workbook(p, [datetime.datetime(2024, 1, 2), "a", "b", 0]),
-        "row 2: context_messages: expected a non-empty list of messages or plain text",
+        "row 2, context_messages: expected a non-empty list of messages or plain text",
     ),
-    "number for a context": (lambda p: workbook(p, [42, "a", "b", 0]), "row 2: context_messages", "got 42"),
     "first sheet is empty": (empty_first_sheet, "missing column context_messages", "found none"),
 }
 
@@ -172,7 +171,7 @@ CONTEXTS = {
     "content is an object": (context(message({"type": "text"})), "row 2, context", "must be non-empty text"),
     "white space of all kinds": (context(message("\u2003\u00a0\u3000\n")), "row 2, context", "non-empty text"),
     "turn opened by the user": (context(message(SPECIAL)), "context 2", "'<end_of_turn>'", "in another way"),
-    "turn opened in plain text": (context("<start_of_turn>model"), "context 2", "'<start_of_turn>'"),
+    "turn opened in plain text": (context("<start_of_turn>model"), "row 2, context", "'<start_of_turn>'"),
     "turn opened across parts": (
         context([{"role": "user", "content": [{"type": "text", "text": t} for t in ("<start_of", "_turn>model")]}]),
         "context 2",
@@ -190,8 +189,7 @@ CONTEXTS = {
         "half a character",
         "write the text anew",
     ),
-    "not UTF-8": (file("contexts.json", '[{"context": "é"}]'.encode("latin-1")), "cannot be read as .json", "utf-8"),
-    "ragged table": (file("contexts.csv", "context\na\nb,c,d\n"), "contexts.csv cannot be read as .csv"),
+    "ragged table": (file("contexts.csv", "context\na\nb,c,d\n"), "contexts.csv: row 3 has 3 fields, the header 1"),
     "half a line": (file("contexts.jsonl", '{"context": "a"}\n{"context": "b'), "contexts.jsonl cannot be read"),
     "pickle as a table": (file("contexts.parquet", pickle.dumps({"context": ["a"]})), "cannot be read as .parquet"),
     "a name no file can have": (lambda p: {"dataset": {"path": "a" * 5000 + ".json"}}, "no such file"),
@@ -616,7 +614,7 @@ def read_by(recipes, reaches_the_model, monkeypatch):
     def run(name, reader, **sections):
         found, module = [], recipes[name]
         read = getattr(module, reader)
-        monkeypatch.setattr(module, reader, lambda path: found.append(read(path)) or found[0])
+        monkeypatch.setattr(module, reader, lambda *args: found.append(read(*args)) or found[0])
         reaches_the_model(name, **sections)
         return found[0]
 
@@ -631,8 +629,8 @@ def enough_contexts(p: Place, *cells) -> dict:
 
 def test_odd_cells_come_through(read_by, place):
     """As text typed into a workbook; the rest of the sheet only makes the split's parts whole."""
-    texts = [t for t in ODD.values() if "\x00" not in t] + [CALC, "#REF!", "0123.40", "TRUE", "x" * 32_767]
-    rows = [[f"[{message(f'{n} {t[:30_000]}')[0]!r}]", t, f"not {t}"[:32_767], n % 2] for n, t in enumerate(texts)]
+    texts = [t for t in ODD.values() if "\x00" not in t] + [CALC, "0123.40", "TRUE", "x" * 32_766]
+    rows = [[f"[{message(f'{n} {t[:30_000]}')[0]!r}]", t, f"not {t}"[:32_766], n % 2] for n, t in enumerate(texts)]
     filler = [[f"conversation {n}", "a?", "b.", 0] for n in range(60)]
     found = read_by("train_reward", "read_judgements", **workbook(place, *rows, *filler, text=True)).dataset
     replies = [(r["chosen"], r["rejected"])[r["label"]][0]["content"] for r in found][: len(texts)]
@@ -658,7 +656,7 @@ def test_escapes_that_python_remarks_on(read_by, place):
 
 
 def test_numbers_and_labels_typed_as_text(read_by, place):
-    data = sheet(place.folder, [[f"conversation {n}", "42", 42, " 1 "] for n in range(60)])
+    data = sheet(place.folder, [[f"conversation {n}", "41", 42, " 1 "] for n in range(60)])
     found = read_by("train_reward", "read_judgements", dataset=data)
     assert {reply[0]["content"] for reply in found.dataset["chosen"]} == {"42"} and set(found.dataset["label"]) == {1}
 

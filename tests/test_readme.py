@@ -65,7 +65,7 @@ def test_the_sections_that_are_run_hold_them():
 # What README says in passing, and the test that runs it.
 ELSEWHERE = {
     REWARD_COMMAND: "test_blocks_run_as_they_stand",
-    "python recipes/compare.py --judged blinded.xlsx": "test_compare_then_people_then_reward",
+    "python recipes/compare.py --judged anna.xlsx ben.xlsx": "test_compare_then_people_then_reward",
 }
 
 

@@ -64,8 +64,6 @@ class Run:
         self.stop = StopRequest()
         # What is said of files before there is a folder: it goes to the log once there is.
         self.early = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
-        logger.setLevel(logging.DEBUG)
-        logger.addHandler(self.early)
 
     @property
     def is_main_process(self) -> bool:
@@ -112,6 +110,7 @@ class Run:
         if not self.is_main_process:
             logger.addHandler(logging.NullHandler())
             return
+        logger.setLevel(logging.DEBUG)
         file = _LogFile(folder / LOG_FILE, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(file)
@@ -160,6 +159,8 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
         run = Run()
+        logger.setLevel(logging.DEBUG)
+        logger.addHandler(run.early)
         previous = signal.signal(signal.SIGTERM, run.stop)
         try:
             with quiet_libraries():

@@ -242,9 +242,9 @@ def test_what_cannot_be_a_prefix(hard_prompt, opening, template, words):
 @pytest.mark.parametrize(("opening", "begins", "remedy"), [(None, "assistant", "set"), ("start", "user", "leave out")])
 def test_conversation_that_begins_with_the_wrong_role(opening, begins, remedy):
     _, wrapped, prefix = stock_and_wrapped(HARD_PROMPT, opening)
-    good, bad = context(opening), context(None if opening else "start")
-    with pytest.raises(InputError, match=f"context 2 begins with the {begins}.*{remedy} opening_user_message"):
-        encode_prompts(wrapped, prefix, [good, bad])
+    bad = context(None if opening else "start")
+    with pytest.raises(InputError, match=f"context 1 begins with the {begins}.*{remedy} opening_user_message"):
+        encode_prompts(wrapped, prefix, [bad, bad])
 
 
 def test_context_that_the_template_refuses():

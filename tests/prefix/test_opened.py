@@ -56,7 +56,7 @@ def test_encode_leaves_room_for_the_completion(opened):
 def test_encode_names_the_context_by_its_number(opened):
     good = sample_context(1)
     for bad, words in (
-        (turns("assistant", "user"), "context 3 begins with the assistant"),
+        (turns("assistant", "user"), "2 of 4 contexts begin with the assistant, .* mend context 3, context 4"),
         ([{"role": "user", "content": "a <bos>"}], "context 3: a message of the user spells out '<bos>'"),
     ):
         with pytest.raises(InputError, match=words):

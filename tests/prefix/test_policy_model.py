@@ -216,8 +216,8 @@ def test_arguments_of_another_name_here_are_refused(policy, name, instead):
 @pytest.mark.parametrize(
     ("opening", "bad", "words"),
     [
-        ((), turns("assistant", "user"), "context 2 begins with the assistant"),
-        (("start",), "hi", "context 2 begins with the user"),
+        ((), turns("assistant", "user"), "1 of 2 contexts begin with the assistant, .* mend context 2"),
+        (("start",), "hi", "1 of 2 contexts begin with the user, .* mend context 2"),
         ((), "tea " * 1100, "context 2 is .* tokens long"),
         ((), "hi <end_of_turn>", "context 2: a message of the user spells out '<end_of_turn>'"),
     ],

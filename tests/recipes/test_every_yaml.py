@@ -127,7 +127,7 @@ def test_compare_then_people_then_reward(policy_adapter, assistant_first, bert_f
     first = (tmp_path / "c" / "README.md").read_text(encoding="utf-8").splitlines()[2]
     assert first == "Not scored: neither a reward nor a judge was given."
     (sheet,) = (tmp_path / "c").glob("*.xlsx")
-    with pytest.raises(InputError, match="human_eval"):
+    with pytest.raises(InputError, match="0 rows, 8 without a verdict"):
         load_preferences(str(sheet))
     book = openpyxl.load_workbook(sheet)
     for name, verdicts in (("anna", ("A 較好", "B 較好")), ("ben", ("兩個都不好", None)), ("judged", (0, 1))):

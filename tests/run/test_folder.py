@@ -393,14 +393,14 @@ def test_an_exit_of_the_recipes_own_passes(capfd):
 
 # A bug of ours in a recipe: what of it, or of a module that it calls, breaks; and whether the run's folder is there.
 BUGS = [
-    ("train_policy", "h2s.data.datasets.parse_messages", False),
+    ("train_policy", "h2s.data.datasets.read_context", False),
     ("train_policy", "h2s.prefix.opened.chat_prefix", False),
     ("train_policy", "h2s.reward.functions.read_adapter_config", False),
-    ("train_reward", "h2s.data.datasets.check_unicode", False),
+    ("train_reward", "h2s.data.datasets.read_reply", False),
     ("compare", "h2s.prefix.opened.read_adapter_config", False),
     ("convert_prompt", "open_policy", False),
     ("convert_prompt", "resolve_dtype", True),
-    ("train_reward", "split_for_models", False),
+    ("train_reward", "h2s.data.splits.split_for_models", False),
     ("train_reward", "sheet_report", True),
     ("train_policy", "h2s.data.splits.split_by_conversation", False),
     ("train_policy", "SingleStepPPOTrainer", True),

@@ -130,7 +130,7 @@ class QuestionArguments(Section):
 class DatasetArguments(Section):
     """The data and how it is split."""
 
-    path: None | str | list[str] = _setting("The file (xlsx, csv, json, jsonl, parquet) or Hub data set, or several.")
+    path: list[str] | None | str = _setting("The file (xlsx, csv, json, jsonl, parquet) or Hub data set, or several.")
     test_size: float = _setting("Share of conversations reported on; half of it selects.", 0.2)
     split_seed: int = _setting("Seed of the split by conversation.", 42)
 

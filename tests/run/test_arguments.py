@@ -9,6 +9,8 @@ from h2s.run.arguments import (
     GenerateArguments,
     HardPromptArguments,
     PolicyModelArguments,
+    RewardDatasetArguments,
+    RewardModelArguments,
     read_hard_prompt,
 )
 from h2s.run.recipe import parse_recipe
@@ -110,3 +112,27 @@ def test_sampling_at_its_limits():
     limits = {"temperature": 0, "top_p": 1, "top_k": 0, "batch_size": 1, "max_completion_length": 1}
     for number in (0, 2):
         assert CompareArguments(**limits, best_of_n=number).best_of_n == number
+
+
+def test_several_paths(tmp_path):
+    """As flags and in YAML, where one may be a text; each is looked for beside the recipe first."""
+    classes = (RewardModelArguments, RewardDatasetArguments, GenerateArguments)
+    assert parse_recipe(*classes, ["--path", "a.xlsx", "b.csv"])[1].path == ["a.xlsx", "b.csv"]
+    (tmp_path / "a.xlsx").touch()
+    for written, read in (
+        ("a.xlsx", str(tmp_path / "a.xlsx")),
+        ("[a.xlsx, b.csv]", [str(tmp_path / "a.xlsx"), "b.csv"]),
+    ):
+        (tmp_path / "r.yaml").write_text(f"dataset: {{path: {written}}}", encoding="utf-8")
+        assert parse_recipe(*classes, ["--config", str(tmp_path / "r.yaml")])[1].path == read
+
+
+def test_columns_and_labels_are_mappings(tmp_path):
+    classes = (RewardModelArguments, RewardDatasetArguments, GenerateArguments)
+    flags = ["--labels", '{"A": 0}', "--columns", '{"human_eval": "Winner"}']
+    dataset = parse_recipe(*classes, flags)[1]
+    assert (dataset.labels, dataset.columns) == ({"A": 0}, {"human_eval": "Winner"})
+    (tmp_path / "r.yaml").write_text("dataset: {labels: {A: 0, 1: 1}, sheet: x}", encoding="utf-8")
+    assert parse_recipe(*classes, ["--config", str(tmp_path / "r.yaml")])[1].labels == {"A": 0, 1: 1}
+    with pytest.raises(InputError, match="labels must be a mapping as JSON"):
+        parse_recipe(*classes, ["--labels", "A=0"])

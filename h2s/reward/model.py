@@ -227,7 +227,7 @@ def readable_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tok
             f"{alike} of {len(dataset)} pairs read alike to the encoder: their responses are the same, or differ only "
             f"beyond max_tokens {max_tokens} or in what its vocabulary lacks; raise max_tokens or take another encoder"
         )
-    if unknown:
+    if share >= 0.001:
         logger.info("the encoder reads %.1f%% of the tokens as %s (unknown)", 100 * share, tokenizer.unk_token)
     if alike:
         what = "%d of %d pairs read alike to the encoder (the same responses, or cut to %d tokens): set aside"

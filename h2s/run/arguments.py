@@ -134,6 +134,10 @@ class DatasetArguments(Section):
     test_size: float = _setting("Share of conversations reported on; half of it selects.", 0.2)
     split_seed: int = _setting("Seed of the split by conversation.", 42)
 
+    def __post_init__(self):
+        if isinstance(self.path, list) and len(self.path) == 1:  # a flag's
+            self.path = self.path[0]
+
 
 @dataclass
 class RewardDatasetArguments(DatasetArguments):
@@ -147,6 +151,7 @@ class RewardDatasetArguments(DatasetArguments):
     judge_share: float | None = _setting("Share of the conversations that a second model, the judge, gets (0.5, say).")
 
     def __post_init__(self):
+        super().__post_init__()
         self.columns, self.labels = _mapping("columns", self.columns), _mapping("labels", self.labels)
 
 
@@ -165,6 +170,7 @@ class CompareDatasetArguments(PolicyDatasetArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if isinstance(self.judged, str):
             self.judged = [self.judged]
 

@@ -175,7 +175,7 @@ def test_defaults_of_a_recipe(tmp_path):
         (POLICY, "model", "dtype: float16", "argument --dtype: invalid choice: 'float16'"),
         (POLICY, "model", "dtype: 16", "dtype must be 'auto' or 'bfloat16' or 'float32', got int 16"),
         (POLICY, "model", "hard_prompt: !!binary YWI=", "hard_prompt must be str, got bytes b'ab'"),
-        (POLICY, "dataset", "path: {a: b}", "path must be str or list, got dict"),
+        (POLICY, "dataset", "path: {a: b}", "path must be list or str, got dict"),
         (COMPARE, "dataset", "split: train", "argument --split: invalid choice: 'train'"),
         (COMPARE, "dataset", "split: null", "split must be 'test' or 'all', got NoneType None"),
         (REWARD, "model", "max_tokens: 96.5", r"max_tokens must be int, got float 96\.5"),

@@ -24,8 +24,7 @@ NOISE = [
 ]
 WEIGHTS_LOAD = 5  # seconds after which a bar says so
 BAR = {"leave": False, "delay": 1}
-# Of a log file, which a bar that is drawn over and over would fill.
-LINES = {"bar_format": "{desc}: {n_fmt} of {total_fmt}, {remaining} left\n", "mininterval": 30}
+EVERY = 30  # seconds between the lines of a log file, which a bar that is drawn over and over would fill
 
 
 @contextmanager
@@ -47,8 +46,17 @@ def quiet_libraries() -> Iterator[None]:
 
 def progress_bar(steps: Sequence[T], label: str | None, shown: bool = True) -> Iterator[T]:
     """Steps with a bar that vanishes at their end; in a log file a line every half minute, with the time left."""
-    how = BAR if sys.stderr.isatty() else BAR | LINES
-    yield from tqdm(steps, desc=label, disable=label is None or not shown, **how)
+    if label is None or not shown or sys.stderr.isatty():
+        yield from tqdm(steps, desc=label, disable=label is None or not shown, **BAR)
+        return
+    began = said = time.monotonic()
+    for done, step in enumerate(steps, start=1):
+        yield step
+        now = time.monotonic()
+        if now - said >= EVERY and done < len(steps):
+            left = tqdm.format_interval((now - began) / done * (len(steps) - done))
+            print(f"{label}: {done} of {len(steps)}, {left} left", file=sys.stderr, flush=True)
+            said = now
 
 
 def above_bars() -> AbstractContextManager:

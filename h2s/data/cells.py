@@ -116,7 +116,8 @@ def read_label(cell: Any, labels: Mapping[str, int]) -> int:
     text = " ".join(str(value).split()).casefold()
     label = labels.get(text, labels.get(text.removesuffix(".0")))
     if label is None or isinstance(value, bool):
-        raise InputError(f"expected one of {', '.join(list(labels)[:8])}, got {value!r}: labels maps other verdicts")
+        words = [*list(labels)[:4], "…"] if len(labels) > 4 else labels
+        raise InputError(f"expected one of {', '.join(words)}, got {value!r}: labels maps other verdicts")
     return label
 
 

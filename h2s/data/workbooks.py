@@ -51,6 +51,8 @@ def check_workbook(file: Path) -> None:
     Raises:
         InputError: it is not.
     """
+    if file.name.startswith("~$"):
+        raise InputError("it is what Excel keeps beside a workbook that is open: give the one without ~$")
     with file.open("rb") as opened:
         begins = opened.read(len(OLE))
     if begins == OLE:

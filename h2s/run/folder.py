@@ -165,6 +165,10 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
         try:
             with quiet_libraries():
                 main(run, argv)
+            if run.folder is None:  # there was no log for it
+                for record in list(run.early.buffer):
+                    if record.levelno >= logging.WARNING:
+                        run.say(record.getMessage())
             if distributed.is_initialized():
                 # Left to the interpreter's end, gloo's threads may want its lock when it is gone: an abort, at random.
                 # Not after a fault: with NCCL it could wait for processes that are in a collective.

@@ -132,6 +132,12 @@ def test_other_programs_files(tmp_path, parts, what):
         read_worksheet(str(path))
 
 
+def test_the_lock_of_an_open_workbook(tmp_path):
+    (tmp_path / "~$book.xlsx").write_bytes(b"\x05user" + b"\0" * 160)
+    with pytest.raises(InputError, match=r"beside a workbook that is open: give the one without ~\$"):
+        read_worksheet(str(tmp_path / "~$book.xlsx"))
+
+
 def test_a_strict_workbook_is_named(tmp_path):
     book, path = save(tmp_path, ["a"])
     book.save(path)

@@ -435,3 +435,25 @@ def test_a_bug_is_never_bad_input(recipes, write_recipe_of, monkeypatch, capfd, 
     assert "Traceback" in log_of(tmp_path / "outputs" / "first") and "in broken" in log_of(
         tmp_path / "outputs" / "first"
     )
+
+
+def test_what_is_said_before_there_is_a_folder_is_heard(tmp_path, capfd):
+    """In the log and the terminal of a run; where a recipe has none, at its end; not beside the line of bad input."""
+
+    def recipe(run, argv):
+        logger.warning("the header stands in row 3")
+        logger.debug("not for people")
+        if argv[0] == "refuse":
+            raise InputError("no rows")
+        if argv[0] == "run":
+            run.start(AdapterArguments(), DatasetArguments(), RunArguments(output_dir=str(tmp_path), run_name="r"))
+
+    logger = logging.getLogger("h2s.data.tables")
+    run_recipe(recipe)(["run"])
+    assert capfd.readouterr().out == "the header stands in row 3\n"
+    assert (tmp_path / "r" / "train.log").read_text().count("the header stands in row 3") == 1
+    run_recipe(recipe)(["none"])
+    assert capfd.readouterr().err == "the header stands in row 3\n"
+    with pytest.raises(SystemExit):
+        run_recipe(recipe)(["refuse"])
+    assert capfd.readouterr().err == "error: no rows\n"

@@ -223,6 +223,9 @@ def read_judgements(
     names = {name: name for name in COLUMNS} | check_columns(columns)
     words = check_labels(labels)
     paths = [path] if isinstance(path, str) else list(path)
+    for name, value, suffixes in (("sheet", sheet, (".xlsx",)), ("encoding", encoding, (".csv", ".tsv"))):
+        if value is not None and not any(file.lower().endswith(suffixes) for file in paths):
+            raise InputError(f"{name} is for {' and '.join(suffixes)} files, got {', '.join(paths)}: leave it out")
     expected = f"a sheet of judgements with the columns {', '.join(names.values())}"
     rows: list[Judgement] = []
     unjudged = {}

@@ -82,9 +82,6 @@ def read_table(
         if file.is_dir() or suffix not in FORMATS:
             known = ", ".join(FORMATS)
             raise InputError(f"{path} is not a {known} file (expected {expected}): save it as one of them")
-    for name, value, where in (("sheet", sheet, (".xlsx",)), ("encoding", encoding, (".csv", ".tsv"))):
-        if value is not None and suffix not in where:
-            raise InputError(f"{name} is for {' and '.join(where)} files, not for {path}: leave it out")
     kind = f"{path} cannot be read as {suffix or 'a Hub data set'} ({expected})"
     grid: Grid = {}
     items: list[tuple[int, Any]] = []

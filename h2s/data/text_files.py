@@ -4,7 +4,6 @@ import csv
 import io
 import logging
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from h2s.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-csv.field_size_limit(sys.maxsize)  # a long conversation passes 131,072 characters
+csv.field_size_limit(2**31 - 1)  # a long conversation passes 131,072 characters
 # What spreadsheet programs write where it is not UTF-8. Among all that there are, short texts in cp1252 are taken for
 # its Baltic neighbour: 2 of 19 right, with these 19 of 19.
 ENCODINGS = [

@@ -372,7 +372,7 @@ def test_other_headers_and_verdicts(tmp_path):
         ({"labels": {"A": 4}}, "labels maps .* got 'A': 4"),
         ({"labels": {"A": "0"}}, "labels maps .* got 'A': '0'"),
         ({"labels": {"A": [0]}}, "labels maps"),
-        ({"encoding": "big5"}, r"encoding is for \.csv and \.tsv files, not for .*sheet\.xlsx"),
+        ({"encoding": "big5"}, r"encoding is for \.csv and \.tsv files, got .*sheet\.xlsx"),
     ],
 )
 def test_settings_that_fit_no_sheet(tmp_path, settings, words):

@@ -1,6 +1,7 @@
 """What a cell of a file holds, and what it is not: missing, an error, cut off, another thing than it shows."""
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,21 +11,25 @@ from h2s.errors import InputError
 
 # What a cell of a spreadsheet holds at most; programs cut what is longer without a word.
 FULL_CELL = 32_767
-# Missing, as programs write it out into text; not NA or None of a person's own, such as "n/a".
-MISSING = re.compile("-?nan|<na>|nat|null|none", re.IGNORECASE)
+# Missing, as programs write it out into text (R's NA, MySQL's \N); "n/a" and "none so far" are a person's own.
+MISSING = re.compile(r"-?nan|<na>|nat|null|none|(?-i:NA)|\\N", re.IGNORECASE)
 ERROR = re.compile(r"#(?:REF|VALUE|DIV/0|NUM|NULL|SPILL|CALC|FIELD|BLOCKED|BUSY|ERROR)!|#NAME\?|#N/A|Err:\d{3}")
 # Characters that show nothing; str.strip leaves them.
 INVISIBLE = re.compile("[\u200b\u200c\u200d\u2060\ufeff]")
-# Conversations that are already text: a template's marks, or both names at the beginnings of lines.
-TEMPLATE_MARK = re.compile(r"<\|im_start\|>|<start_of_turn>|<\|start_header_id\|>|<\|(?:user|assistant)\|>|\[/?INST\]")
-SPEAKERS = [
-    re.compile(rf"^[ \t>*#]*(?:{names})[ \t*]*[:：]", re.IGNORECASE | re.MULTILINE)
-    for names in (
-        "human|user|customer|使用者|用户|用戶|提問者",
-        "assistant|ai|bot|chatbot|model|gpt|chatgpt|助理|助手|機器人",
-    )
-]
-ENCODED = re.compile(r"""["'](?:role|from)["']\s*:""")
+# Conversations that are already text, by a chat template's mark, ...
+TEMPLATE_MARK = re.compile(
+    r"[<‹][|｜][^<>|｜\n]{1,30}[|｜][>›]|</?(?:start_of_turn|end_of_turn|user|assistant|human)>|\[/?INST\]"
+)
+# ... by a message's fields, ...
+ENCODED = re.compile(r"""["'](?:role|from)["']\s*:|\brole\s*[=:]\s*["']?(?:user|assistant)\b""", re.IGNORECASE)
+# ... by both speakers' names at the beginnings of lines (on one line if in capitals), ...
+_PERSON = "human|user|you said|usuario|utilisateur|使用者|用户|用戶|客戶|提問者|問|q|question|instruction"
+_MACHINE = "assistant|ai|bot|chatbot|gpt|chatgpt|chatgpt said|助理|助手|機器人|客服|答|a|answer|response"
+_BEFORE, _AFTER = r"^[\s>*#\-•\"'\[(]*(?:\d+[.:)]\s*)?", r"(?:\s*\d+|\s*\([^)\n]*\))?[\"'\])*\s]*(?:[:：>]|-(?= )|$)"
+SPEAKERS = [re.compile(f"{_BEFORE}({names}){_AFTER}", re.I | re.M) for names in (_PERSON, _MACHINE)]
+ONE_LINE = re.compile(r"\b(?:USER|HUMAN): .*\b(?:ASSISTANT|AI):")
+# ... or by two names of any kind that take turns.
+NAMED_LINE = re.compile(rf"{_BEFORE}([^\W\d_][\w ]{{0,20}}?)(?:\s*\([^)\n]*\))?[\"'\])*\s]*[:：]", re.M)
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,12 @@ def read_context(cell: Any) -> Messages:
         InputError: it is neither.
     """
     text = _text(cell, "a context")
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        text = str(text)
     if not isinstance(text, str):
-        return parse_messages(cell)
-    cut = _cut(text)
-    if text.lstrip()[:1] not in ("[", "{", '"', "'"):
+        return parse_messages(text)
+    cut, begins = _cut(cell), text.lstrip()[:2]
+    if begins[:1] not in ("[", "{") and begins not in ('"[', "'["):
         if cut:
             raise InputError(cut)
         _refuse_rendered(text)
@@ -78,14 +85,19 @@ def read_context(cell: Any) -> Messages:
 
 
 def _refuse_rendered(text: str) -> None:
-    mark = TEMPLATE_MARK.search(text)
-    names = [found[0].strip() for found in (s.search(text) for s in SPEAKERS) if found]
-    what = repr(mark[0]) if mark else " and ".join(map(repr, names)) if len(names) == 2 else ""
-    if not what and not ENCODED.search(text):
+    lines = re.sub(r"\\n|<br\s*/?>", "\n", unicodedata.normalize("NFKC", text))
+    names = [name.casefold() for name in NAMED_LINE.findall(lines)]
+    in_turn = len(names) > 2 and names[0] != names[1] and names == (names[:2] * len(names))[: len(names)]
+    speakers = [found[1] for found in (speaker.search(lines) for speaker in SPEAKERS) if found]
+    if mark := TEMPLATE_MARK.search(text) or ENCODED.search(lines) or ONE_LINE.search(lines):
+        what = mark[0][:40]
+    elif len(speakers) == 2 or in_turn:
+        what = " and ".join(speakers if len(speakers) == 2 else names[:2])
+    else:
         return
-    looks = f"a conversation printed as text ({what})" if what else "an encoded conversation, but begins like text"
     raise InputError(
-        f'it looks like {looks}: give a list of {{"role": …, "content": …}} (a list of one message where it is one)'
+        f'it looks like a conversation printed as text ({what!r}): give a list of {{"role": …, "content": …}} (a list '
+        "of one message where it is one)"
     )
 
 
@@ -100,24 +112,38 @@ def read_reply(cell: Any) -> str:
         text = str(text)
     if not isinstance(text, str):
         raise InputError(f"expected the text of a response, got {text!r}: format the cell as text, then fill it in")
-    if cut := _cut(text):
+    if cut := _cut(cell):
         raise InputError(cut)
     check_unicode(text)
     return text
 
 
-def read_label(cell: Any, labels: Mapping[str, int]) -> int:
-    """A verdict: 0, 1, 2 or 3, by the words that mean it (in lower case, white space as one space).
+def label_words(verdict: Any) -> str:
+    """A verdict as it is compared: white space, case, widths and composition of characters apart; 1.0 is 1."""
+    if isinstance(verdict, float) and verdict.is_integer():
+        verdict = int(verdict)
+    words = "".join(INVISIBLE.sub("", unicodedata.normalize("NFKC", str(verdict))).split()).casefold()
+    return re.sub(r"(\d)\.0+", r"\1", words) if re.fullmatch(r"\d\.0+", words) else words
+
+
+def is_unjudged(cell: Any) -> bool:
+    """Whether a cell holds no verdict yet."""
+    value = cell.value if isinstance(cell, Stored) else cell
+    return is_blank(cell) or (isinstance(value, str) and bool(MISSING.fullmatch(value.strip())))
+
+
+def read_label(cell: Any, labels: Mapping[str, int], expected: str) -> int:
+    """A verdict: 0, 1, 2 or 3, by the words that mean it (as [`label_words`] gives them).
 
     Raises:
-        InputError: it is none of them.
+        InputError: it is none of them, which is `expected`, or is not shown as it is.
     """
     value = cell.value if isinstance(cell, Stored) else cell
-    text = " ".join(str(value).split()).casefold()
-    label = labels.get(text, labels.get(text.removesuffix(".0")))
-    if label is None or isinstance(value, bool):
-        words = [*list(labels)[:4], "…"] if len(labels) > 4 else labels
-        raise InputError(f"expected one of {', '.join(words)}, got {value!r}: labels maps other verdicts")
+    if isinstance(cell, Stored) and not isinstance(value, str) and re.search('[";]', cell.number_format):
+        raise InputError(_shown_otherwise(cell))
+    label = labels.get(label_words(value))
+    if label is None:
+        raise InputError(f"expected {expected}, got {value!r}")
     return label
 
 
@@ -128,10 +154,12 @@ def _text(cell: Any, what: str) -> Any:
         InputError: it is blank, an error, or shown otherwise.
     """
     if is_blank(cell):
-        # A formula is empty until a spreadsheet program has saved its value.
-        raise InputError(f"expected {what}, got an empty cell (or an uncomputed formula): give its text")
+        # A formula is empty until a program has saved its value, and so is what is merged with the cell beside it.
+        raise InputError(f"expected {what}, got an empty cell (uncomputed formula? merged sideways?): give its text")
     declared_text = isinstance(cell, Stored) and isinstance(cell.value, str) and cell.number_format == "@"
     text = _shown(cell) if isinstance(cell, Stored) else cell
+    if isinstance(text, bytes):  # parquet's binary columns
+        text = text.decode("utf-8", "replace")
     if not isinstance(text, str):
         return text
     if ERROR.fullmatch(text.strip()) and not declared_text:
@@ -156,14 +184,19 @@ def _shown(cell: Stored) -> Any:
         text = f"{value:.11g}"  # General shows about as many digits
         if float(text) == value and "e" not in text:
             return text
-    raise InputError(
-        f"the cell stores {value!r} and shows it otherwise (by its format {shown_by!r}): format it as text, then write "
-        "what it shall say"
+    raise InputError(_shown_otherwise(cell))
+
+
+def _shown_otherwise(cell: Stored) -> str:
+    return (
+        f"the cell stores {cell.value!r} and shows it otherwise (by its format {cell.number_format!r}): format it as "
+        "text, then write what it shall say"
     )
 
 
-def _cut(text: str) -> str:
-    """What to say of a text that fills a spreadsheet's cell."""
-    if len(text) != FULL_CELL:
+def _cut(cell: Any) -> str:
+    """What to say of a text that fills a spreadsheet's cell, which counts UTF-16 units and \\r\\n as two."""
+    text = cell.value if isinstance(cell, Stored) else cell
+    if not isinstance(text, str) or FULL_CELL not in (len(text), len(text.encode("utf-16-le", "surrogatepass")) // 2):
         return ""
     return f"the cell is full ({FULL_CELL:,} characters) and was cut: keep such texts in json, jsonl or parquet"

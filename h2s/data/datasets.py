@@ -1,5 +1,6 @@
 """Checked rows as data sets in TRL's conversational format: contexts (`prompt`), judgements (`chosen`, `rejected`)."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any, TypeVar
 
 from datasets import Dataset
 
-from h2s.data.cells import is_blank, is_missing, read_context, read_label, read_reply
+from h2s.data.cells import is_missing, is_unjudged, label_words, read_context, read_label, read_reply
 from h2s.data.messages import Messages, conversation_id
 from h2s.data.tables import Rows, read_table
 from h2s.errors import InputError, in_short
@@ -45,7 +46,7 @@ VERDICTS = {
 
 # What a sheet's verdicts mean where `labels` does not say.
 LABEL_WORDS = {str(label): label for label in LABELS}
-LABEL_WORDS |= {words.casefold(): label for verdicts in VERDICTS.values() for label, words in verdicts.items()}
+LABEL_WORDS |= {label_words(words): label for verdicts in VERDICTS.values() for label, words in verdicts.items()}
 
 
 def load_contexts(path: str | Sequence[str]) -> Dataset:
@@ -68,7 +69,7 @@ def load_contexts(path: str | Sequence[str]) -> Dataset:
         InputError: a file, a row (named) or a column of it cannot be used.
     """
     columns: dict[str, list] = {"prompt": []}
-    paths = [path] if isinstance(path, str) else list(path)
+    paths = _each_once(path)
     tables = {name: read_table(name, "a JSON list of items with a 'context'", ["context"]) for name in paths}
     for name, rows in tables.items():
         columns["prompt"] += _each(name, rows, lambda row: _in_column("context", read_context, row["context"]))
@@ -222,18 +223,22 @@ def read_judgements(
     """
     names = {name: name for name in COLUMNS} | check_columns(columns)
     words = check_labels(labels)
-    paths = [path] if isinstance(path, str) else list(path)
+    # How a person would write them.
+    meanings = (
+        "0, 1, 2 or 3 (labels maps other verdicts)" if labels is None else f"one of {', '.join(map(str, labels))}"
+    )
+    paths = _each_once(path)
     for name, value, suffixes in (("sheet", sheet, (".xlsx",)), ("encoding", encoding, (".csv", ".tsv"))):
         if value is not None and not any(file.lower().endswith(suffixes) for file in paths):
             raise InputError(f"{name} is for {' and '.join(suffixes)} files, got {', '.join(paths)}: leave it out")
     expected = f"a sheet of judgements with the columns {', '.join(names.values())}"
     rows: list[Judgement] = []
     unjudged = {}
-    for file in dict.fromkeys(paths):
+    for file in paths:
         table = read_table(file, expected, list(names.values()), sheet, encoding)
-        filled = {number: row for number, row in table.items() if not is_blank(row[names["human_eval"]])}
+        filled = {number: row for number, row in table.items() if not is_unjudged(row[names["human_eval"]])}
         unjudged[file] = len(table) - len(filled)
-        checked = _each(file, filled, lambda row: _judgement(row, names, words))
+        checked = _each(file, filled, lambda row: _judgement(row, names, words, meanings))
         rows += [Judgement(file, number, *judged) for number, judged in zip(filled, checked, strict=True)]
     judgements = Judgements(rows, unjudged)
     if need_direction and not {POLICY_BETTER, REFERENCE_BETTER} & judgements.counts.keys():
@@ -251,12 +256,14 @@ def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
     Raises:
         InputError: a key is none of them, or a name is no text or given twice.
     """
+    if not isinstance(columns, Mapping | None):
+        raise InputError(f"columns must be a mapping, got {columns!r}")
     for key, name in (columns or {}).items():
-        if key not in COLUMNS or not isinstance(name, str):
+        if key not in COLUMNS or not isinstance(name, str) or not name.strip():
             raise InputError(f"columns maps {', '.join(COLUMNS)} to a file's own headers, got {key}: {name!r}")
-    given = list((columns or {}).values())
-    if len(set(given)) < len(given):
-        raise InputError(f"columns names one header twice: {', '.join(given)}")
+    names = list(({name: name for name in COLUMNS} | dict(columns or {})).values())
+    if len({" ".join(name.split()).casefold() for name in names}) < len(names):
+        raise InputError(f"columns names one header twice: {', '.join(names)}")
     return dict(columns or {})
 
 
@@ -268,22 +275,39 @@ def check_labels(labels: Mapping[Any, int] | None) -> dict[str, int]:
     """
     if labels is None:
         return LABEL_WORDS
+    if not isinstance(labels, Mapping) or not labels:
+        raise InputError(f"labels must be a mapping of verdicts, got {labels!r}")
+    words: dict[str, int] = {}
     for word, label in labels.items():
         if isinstance(word, bool) or type(label) is not int or label not in LABELS:
             meanings = ", ".join(f"{label} {name}" for label, name in LABELS.items())
             raise InputError(f"labels maps a file's verdicts (in quotes) to {meanings}, got {word!r}: {label!r}")
-    return {" ".join(str(word).split()).casefold(): label for word, label in labels.items()}
+        if words.setdefault(label_words(word), label) != label:
+            raise InputError(f"labels says two things of {word!r}, which is read without regard to case: keep one")
+    return words
+
+
+def _each_once(path: str | Sequence[str]) -> list[str]:
+    """Paths, a file that is named twice once.
+
+    Raises:
+        InputError: there is none.
+    """
+    paths = list({os.path.realpath(p): p for p in reversed([path] if isinstance(path, str) else list(path))}.values())
+    if not paths:
+        raise InputError("path is empty: name a file")
+    return paths[::-1]
 
 
 def _judgement(
-    row: Mapping[str, Any], names: Mapping[str, str], words: Mapping[str, int]
+    row: Mapping[str, Any], names: Mapping[str, str], words: Mapping[str, int], meanings: str
 ) -> tuple[Messages, str, str, int]:
     context, policy, reference, label = (names[name] for name in COLUMNS)
     return (
         _in_column(context, read_context, row[context]),
         _in_column(policy, read_reply, row[policy]),
         _in_column(reference, read_reply, row[reference]),
-        _in_column(label, lambda cell: read_label(cell, words), row[label]),
+        _in_column(label, lambda cell: read_label(cell, words, meanings), row[label]),
     )
 
 

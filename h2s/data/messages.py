@@ -54,7 +54,10 @@ def parse_messages(cell: Any) -> Messages:
 
 def _parse_literal(text: str) -> Any:
     try:
-        return json.loads(text, strict=False)  # a real line break within a string is what it looks like
+        # A real line break within a string is what it looks like.
+        return json.loads(text, strict=False, object_pairs_hook=each_key_once)
+    except InputError:
+        raise
     except RecursionError:
         place = len(text)
     except ValueError as error:
@@ -71,6 +74,19 @@ def _parse_literal(text: str) -> Any:
     raise InputError(f"begins like a list but is neither JSON nor a Python literal: {_what_is_wrong(text, place)}")
 
 
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`, which would keep the last of two.
+
+    Raises:
+        InputError: a key stands there twice.
+    """
+    item = dict(pairs)
+    if len(item) < len(pairs):
+        name = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise InputError(f"an object has the key {name!r} twice: keep one of the two")
+    return item
+
+
 def _what_is_wrong(text: str, place: int) -> str:
     """The likeliest cause, and where a parser stopped."""
     causes = {
@@ -79,7 +95,7 @@ def _what_is_wrong(text: str, place: int) -> str:
         r"&(?:quot|#34|#39|apos);": "quotes spelt for HTML (&quot;)",
     }
     found = ((re.search(pattern, text), cause) for pattern, cause in causes.items())
-    unknown = (None, "is a quote within a text not escaped, or a bracket not closed?")
+    unknown = (None, "is a quote not escaped, a bracket not closed, or is it a text (a list of one message then)?")
     match, cause = next((f for f in found if f[0]), unknown)
     place = match.start() if match else place
     return f"{cause}, at character {place + 1}: {_short(text[max(0, place - 20) : place + 20])}"

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 
 from h2s.data.cells import INVISIBLE, Stored, is_blank
+from h2s.data.messages import each_key_once
 from h2s.data.text_files import decode, read_csv
 from h2s.data.workbooks import SAVE, UNPACKED_MB, Grid, read_worksheet, unpacks_to, worksheet_names
 from h2s.errors import InputError, in_short
@@ -87,7 +88,7 @@ def read_table(
     items: list[tuple[int, Any]] = []
     try:
         if suffix == ".xlsx":
-            grid = read_worksheet(path, sheet)
+            grid = read_worksheet(path, sheet, lambda cells: _has(cells, wanted))
         elif suffix in GRIDS:
             grid = read_csv(path, wanted[0], encoding)
         else:
@@ -102,7 +103,7 @@ def read_table(
     try:
         columns, rows = _below_header(path, grid, wanted, suffix) if suffix in GRIDS else _by_key(items, wanted)
     except InputError as error:
-        sheets = f" (its worksheets: {worksheet_names(path)}; sheet picks one)" if suffix == ".xlsx" else ""
+        sheets = f" (its worksheets: {worksheet_names(path)})" if suffix == ".xlsx" else ""
         raise InputError(f"{path}: {error}{sheets}") from error
     return _without_blank_rows(path, columns, rows, wanted, suffix)
 
@@ -132,6 +133,12 @@ def _columns(names: Iterable[str], wanted: Sequence[str], where: str = "") -> li
     return [name if counts[name] == 1 else "" for name in found]
 
 
+def _has(grid: Grid, wanted: Sequence[str]) -> bool:
+    """Whether a row has all wanted columns."""
+    asked = {_name(name).casefold() for name in wanted}
+    return any(asked <= {_name(cell).casefold() for cell in cells} for cells in grid.values())
+
+
 def _below_header(path: str, grid: Grid, wanted: Sequence[str], suffix: str) -> tuple[list[str], Rows]:
     """The columns and rows below a header, which is the row that holds most of the wanted columns."""
     asked = {_name(name).casefold() for name in wanted}
@@ -142,12 +149,17 @@ def _below_header(path: str, grid: Grid, wanted: Sequence[str], suffix: str) -> 
     if at > 1:
         logger.warning("%s: the header stands in row %d; what is above it is not read", path, at)
     rows = {}
+    last = max((place for place, name in enumerate(names.get(at, []), start=1) if name), default=0)
     for number in (n for n in grid if n > at):
         cells = grid[number]
-        if suffix != ".xlsx" and not all(map(is_blank, cells[len(columns) :])):
+        if [_name(cell) for cell in cells] == names[at]:
+            logger.warning("%s: row %d is the header once more and is left out", path, number)
+            continue
+        filled_to = max((place for place, cell in enumerate(cells, start=1) if not is_blank(cell)), default=0)
+        if suffix != ".xlsx" and filled_to and not len(cells) >= last >= filled_to:
             raise InputError(
-                f"row {number} has {len(cells)} fields, the header {len(columns)}: put a text that holds a comma, a "
-                "semicolon or a line break in quotes"
+                f"row {number} has {len(cells)} fields, the header {last}: put a text that holds the delimiter or a "
+                "line break in quotes"
             )
         rows[number] = dict(zip_longest(columns, cells[: len(columns)]))
     return columns, rows
@@ -193,7 +205,7 @@ def _read_json(path: str, lines: bool) -> list[tuple[int, Any]]:
     text = decode(path)
     if not lines or text.lstrip()[:1] == "[":
         try:
-            items = json.loads(text, object_pairs_hook=_each_key_once)
+            items = json.loads(text, object_pairs_hook=each_key_once)
         except json.JSONDecodeError as error:
             if error.msg != "Extra data" or text.lstrip()[:1] != "{":  # after an object another one begins
                 raise
@@ -207,21 +219,13 @@ def _read_json(path: str, lines: bool) -> list[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line, object_pairs_hook=_each_key_once)
+            item = json.loads(line, object_pairs_hook=each_key_once)
         except json.JSONDecodeError as error:
             raise InputError(f"line {number}, character {error.pos + 1}: {error.msg} (an object a line)") from error
         if not isinstance(item, dict):
             raise InputError(f"line {number}: expected an object, got {in_short(ValueError(item))[:40]}")
         rows.append((number, item))
     return rows
-
-
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    item = dict(pairs)
-    if len(item) < len(pairs):
-        (name, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise InputError(f"an object has the key {name!r} twice: keep one of the two")
-    return item
 
 
 def _read_parquet(path: str) -> list[dict[str, Any]]:

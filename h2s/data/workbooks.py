@@ -5,7 +5,7 @@ import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,15 @@ def check_workbook(file: Path) -> None:
         raise InputError(f"it is a Strict Open XML workbook: {SAVE}")
 
 
-def read_worksheet(path: str, sheet: str | None = None) -> Grid:
-    """The cells of the worksheet named `sheet`, or of the first visible one, by row.
+def read_worksheet(path: str, sheet: str | None, is_it: Callable[[Grid], bool]) -> Grid:
+    """The cells of a worksheet, by row.
 
     Merged cells hold their value in each of their rows. What was not read, or is hidden and read, is logged.
+
+    Args:
+        path: the workbook.
+        sheet: the worksheet's name; None: the first visible one that `is_it` says yes to, else the first visible one.
+        is_it: whether cells are those that are looked for.
 
     Raises:
         InputError: there is no such worksheet, or the file cannot be read.
@@ -85,14 +90,24 @@ def read_worksheet(path: str, sheet: str | None = None) -> Grid:
     check_workbook(Path(path))
     book = _open(path)
     visible = [s for s in book.worksheets if s.sheet_state == "visible"]
-    chosen = next((s for s in (visible if sheet is None else book.worksheets) if sheet in (None, s.title)), None)
-    if chosen is None:
+    grids = {s.title: _cells(s) for s in (visible if sheet is None else book.worksheets) if sheet in (None, s.title)}
+    if not grids:
         wanted = "visible worksheet" if sheet is None else f"worksheet {sheet!r}"
-        raise InputError(f"it has no {wanted}, but {_names(book.worksheets) or 'none'}: sheet picks one")
-    others = [s for s in book.worksheets if s is not chosen and s.max_row > 1]
+        raise InputError(f"it has no {wanted}, but {_names(book.worksheets) or 'no worksheet at all'}")
+    chosen = next((title for title, grid in grids.items() if is_it(grid)), next(iter(grids)))
+    others = [s for s in book.worksheets if s.title != chosen and s.max_row > 1]
     if others and sheet is None:
-        logger.warning("%s: the worksheet %r is read, not %s (sheet picks one)", path, chosen.title, _names(others))
-    return _cells(path, chosen)
+        logger.warning(
+            "%s: the worksheet %r is read, not %s (for judgements sheet picks one)", path, chosen, _names(others)
+        )
+    grid, of = grids[chosen], book[chosen]
+    merged = sum((area.max_row - area.min_row) for area in of.merged_cells.ranges)
+    hidden = sum(of.row_dimensions[n].hidden for n in grid if any(v is not None for v in grid[n]))
+    if merged:
+        logger.warning("%s: %d merged cells are read with the value that they show", path, merged)
+    if hidden:
+        logger.warning("%s: %d hidden rows are read like the others: delete them to leave them out", path, hidden)
+    return grid
 
 
 def worksheet_names(path: str) -> str:
@@ -125,19 +140,12 @@ def _unstripped(file: Path) -> Path | io.BytesIO:
         return copy
 
 
-def _cells(path: str, sheet: Worksheet) -> Grid:
+def _cells(sheet: Worksheet) -> Grid:
     # From A1 on, wherever the table begins.
     grid = {number: [_value(cell) for cell in row] for number, row in enumerate(sheet.iter_rows(), start=1)}
-    merged = 0
     for area in sheet.merged_cells.ranges:
         for number in range(area.min_row + 1, area.max_row + 1):
             grid[number][area.min_col - 1] = grid[area.min_row][area.min_col - 1]
-            merged += 1
-    hidden = sum(sheet.row_dimensions[n].hidden for n in grid if any(v is not None for v in grid[n]))
-    if merged:
-        logger.warning("%s: %d merged cells are read with the value that they show", path, merged)
-    if hidden:
-        logger.warning("%s: %d hidden rows are read like the others: delete them to leave them out", path, hidden)
     return grid
 
 

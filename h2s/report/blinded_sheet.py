@@ -18,8 +18,8 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset
 
-from h2s.data.cells import Stored, is_blank, read_label
-from h2s.data.datasets import BOTH_POOR, LABEL_WORDS, LABELS, POLICY_BETTER, REFERENCE_BETTER, TIE, places_of
+from h2s.data.cells import Stored, is_blank, is_unjudged, read_label
+from h2s.data.datasets import BOTH_POOR, LABEL_WORDS, LABELS, POLICY_BETTER, REFERENCE_BETTER, TIE, VERDICTS, places_of
 from h2s.data.messages import Messages, conversation_id, parse_messages
 from h2s.data.tables import read_table
 from h2s.errors import InputError
@@ -40,6 +40,7 @@ from h2s.report.workbook import (
 )
 
 SHEET, KEY = "blinded.xlsx", "blinded.key.json"
+CHOICES = "one of the list: " + ", ".join(VERDICTS["en"].values())
 
 
 def write_blinded_sheet(
@@ -64,13 +65,21 @@ def write_blinded_sheet(
         for prompt, soft, hard in zip(table["prompt"], table["soft"], table["hard"], strict=True)
     ]
     different = [row for row in rows if row[1] != row[2]]
-    soft_sides, digests, texts = [], [], []
+    soft_sides: list[str] = []
+    digests: list[str] = []
+    texts = []
     for prompt, soft, hard in different or rows:
         soft_first = sides.random() < 0.5
-        soft_sides.append(SIDES[0] if soft_first else SIDES[1])
-        replies = (soft, hard) if soft_first else (hard, soft)
-        hidden = (cell_text(_as_json(prompt)), *replies)
-        digests.append(_digest(hidden))
+        for order in (soft_first, not soft_first):
+            replies = (soft, hard) if order else (hard, soft)
+            hidden = (cell_text(_as_json(prompt)), *replies)
+            digest, side = _digest(hidden), SIDES[0] if order else SIDES[1]
+            # The same texts must not stand for soft and hard in one row, for hard and soft in another.
+            other = SIDES[SIDES.index(side) - 1]
+            if not any(known == (digest, other) for known in zip(digests, soft_sides, strict=True)):
+                break
+        soft_sides.append(side)
+        digests.append(digest)
         texts.append((cell_text(dialogue(prompt, language)), *replies, *hidden))
     path, key_path = Path(folder) / SHEET, Path(folder) / KEY
     judging_workbook(texts, language).save(path)
@@ -115,7 +124,7 @@ def read_key(path: Path) -> dict[str, Any]:
         InputError: it cannot be read or is not one.
     """
     try:
-        key = json.loads(path.read_text(encoding="utf-8"))
+        key = json.loads(path.read_text(encoding="utf-8-sig"))
         sides, rows = key["soft_side"], key["rows"]
         if len(sides) == len(rows) and set(sides) <= set(SIDES) and all(isinstance(row, str) for row in rows):
             return key
@@ -185,6 +194,8 @@ def _read_sheet(sheet: str) -> pd.DataFrame:
         number: {name: cell.value if isinstance(cell, Stored) else cell for name, cell in row.items()}
         for number, row in read_table(sheet, "a filled-in copy of compare.py's sheet", (*HIDDEN, VERDICT)).items()
     }
+    # A verdict that was drawn down past the end belongs to nothing.
+    table = {number: cells for number, cells in table.items() if not all(is_blank(cells[name]) for name in HIDDEN)}
     replies = {plain_text(cells[side]) for cells in table.values() for side in SIDES}
     rows = []
     for number, cells in table.items():
@@ -193,7 +204,7 @@ def _read_sheet(sheet: str) -> pd.DataFrame:
         shown = [plain_text(cells.get(name, text)) for name, text in zip(VISIBLE, own, strict=True)]
         changed = [text for text, was in zip(shown, own, strict=True) if text != was]
         try:
-            label = None if is_blank(cells[VERDICT]) else read_label(cells[VERDICT], LABEL_WORDS)
+            label = None if is_unjudged(cells[VERDICT]) else read_label(cells[VERDICT], LABEL_WORDS, CHOICES)
         except InputError as error:
             raise InputError(f"{sheet}, row {number}, {VERDICT}: {error}") from None
         digest = _digest(cells[name] for name in HIDDEN)

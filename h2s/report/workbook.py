@@ -14,6 +14,7 @@ from openpyxl.utils.escape import unescape
 from openpyxl.worksheet.datavalidation import DataValidation
 from openpyxl.worksheet.dimensions import RowDimension
 
+from h2s.data.cells import is_blank
 from h2s.data.datasets import COLUMNS, VERDICTS
 
 CONTEXT, *SIDES, VERDICT = COLUMNS
@@ -187,7 +188,7 @@ def escaped(text: str) -> str:
 def cell_text(text: str) -> str:
     """Text for a cell, never empty."""
     text = escaped(text)[: CELL - 1]  # a full one is taken for one that was cut
-    return text if text.strip() else "(no text)"
+    return "(no text)" if is_blank(text) else text
 
 
 def plain_text(cell: Any) -> str:

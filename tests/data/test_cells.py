@@ -1,13 +1,14 @@
 """One cell: what it is taken for, and what it is refused for."""
 
 import datetime
+import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from h2s.data.cells import Stored, is_blank, read_context, read_label, read_reply
+from h2s.data.cells import Stored, is_blank, label_words, read_context, read_label, read_reply
 from h2s.errors import InputError
 
 USER = {"role": "user", "content": "What is tea?"}
@@ -34,14 +35,14 @@ def test_missing_of_every_kind(cell):
             read(cell)
 
 
-@pytest.mark.parametrize("cell", ["nan", "NaN", "-nan", "<NA>", "NaT", "NULL", "null", "None", " none "])
+@pytest.mark.parametrize("cell", ["nan", "NaN", "-nan", "<NA>", "NaT", "NULL", "null", "None", " none ", "NA", "\\N"])
 def test_missing_as_a_program_writes_it(cell):
     for read in (read_context, read_reply):
         with pytest.raises(InputError, match="as programs write a missing value"):
             read(cell)
 
 
-@pytest.mark.parametrize("cell", ["NA", "n/a", "Nan is my name", "null and void", "0", "-", "[UNK]", "#REF", "# N/A"])
+@pytest.mark.parametrize("cell", ["n/a", "na", "Nan is my name", "null and void", "0", "-", "[UNK]", "#REF", "# N/A"])
 def test_short_replies_are_replies(cell):
     assert read_reply(cell) == cell
 
@@ -102,6 +103,26 @@ def test_what_a_program_made_of_a_text(value):
 
 
 RENDERED = [
+    '"Human: hi\nAssistant: hello\nHuman: x"',
+    json.dumps("Human: hi\n\nAssistant: hello"),
+    "user\nhi\nassistant\nhello",
+    "You said:\nhi\nChatGPT said:\nhello",
+    "### Instruction:\nhi\n### Response:",
+    "USER: hi ASSISTANT: hello",
+    "Q: hi\nA: hello",
+    "問：嗨\n答：你好",
+    "Patient: hi\nDoctor: hello\nPatient: x",
+    "- User: hi\n- Assistant: hello",
+    "1. User: hi\n2. Assistant: hello",
+    "User (10:32): hi\nAssistant (10:33): hello",
+    "User 1: hi\nUser 2: ho\nUser 1: x",
+    "Ｕｓｅｒ：hi\nＡｓｓｉｓｔａｎｔ：hello",
+    "User: hi\\nAssistant: hello",
+    "User: hi<br>Assistant: hello",
+    "ChatMessage(role='user', content='hi')",
+    "<user>hi</user>",
+    "<｜User｜>hi",
+    "<|header_start|>user<|header_end|>",
     "\n\nHuman: What is tea?\n\nAssistant:",
     "User: What is tea?\nAssistant: A drink.\nUser: And coffee?",
     "使用者：茶是什麼？\n助理：",
@@ -125,7 +146,17 @@ def test_a_conversation_printed_as_text_is_refused(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["User: what is that?", "My assistant: he is kind.", "role-play a user", "Is an AI: good or bad?", "a [inst] b"],
+    [
+        "User: what is that?",
+        "My assistant: he is kind.",
+        "role-play a user",
+        "Is an AI: good or bad?",
+        "a [inst] b",
+        "Customer: ACME\\nModel: X100\\nCan it be mended?",
+        "Name: Ann\\nAge: 3\\nTown: Ulm",
+        "a < b | c > d",
+        '"Yes," she said. Why?',
+    ],
 )
 def test_a_message_that_only_mentions_them_is_a_message(text):
     assert read_context(text) == [{"role": "user", "content": text}]
@@ -149,16 +180,38 @@ def test_a_text_that_fills_its_cell_was_cut():
 
 
 def test_labels_by_words():
-    words = {"0": 0, "a": 0, "both bad": 2}
-    assert [read_label(c, words) for c in ("A", " a ", "Both\n Bad", 0, 0.0, Stored(0, "0%"), "0.0")] == [
-        0,
-        0,
-        2,
-        0,
-        0,
-        0,
-        0,
-    ]
+    words = {label_words(word): label for word, label in {0: 0, "A": 0, "both bad": 2}.items()}
+    for cell in ("A", " a ", 0, 0.0, Stored(0, "0%"), "0.0"):
+        assert read_label(cell, words, "") == 0
+    assert read_label("Both\n Bad", words, "") == 2
     for cell in ("c", True, False, Stored(True, "General"), 1):
-        with pytest.raises(InputError, match="expected one of 0, a, both bad, got"):
-            read_label(cell, words)
+        with pytest.raises(InputError, match="expected A or B, got"):
+            read_label(cell, words, "A or B")
+
+
+@pytest.mark.parametrize(
+    ("cell", "word"),
+    [
+        ("１", 1),
+        ("Ａ 較好", "A較好"),
+        ("1\u200b", 1),
+        ("1.00", 1),
+        (1, 1.0),
+        ("e\u0301gal", "\u00e9gal"),
+        (True, "TRUE"),
+    ],
+)
+def test_verdicts_are_compared_as_people_read_them(cell, word):
+    assert read_label(cell, {label_words(word): 1}, "") == 1
+
+
+def test_a_verdict_that_is_shown_otherwise():
+    for shown_by in ('"B";"A";"A"', ";;;", "0;-0;;@"):
+        with pytest.raises(InputError, match="stores 1 and shows it otherwise"):
+            read_label(Stored(1, shown_by), {"1": 1}, "")
+    assert read_label(Stored(1, "0.0"), {"1": 1}, "") == 1
+
+
+def test_numbers_and_bytes_are_text():
+    assert read_context(42) == [{"role": "user", "content": "42"}]
+    assert read_reply("茶".encode()) == "茶"

@@ -19,7 +19,7 @@ USER = {"role": "user", "content": "hi there"}
 ASSISTANT = {"role": "assistant", "content": "hello"}
 CONTEXT = str([USER])
 ROW = [CONTEXT, "how was it?", "I see.", 0]
-ODD_TEXTS = ["NA", "n/a", "a\nb", "a\u2028b", '"quoted", and, commas', "=1+1", "1.50", "007", "TRUE", "nandu", "#REF"]
+ODD_TEXTS = ["n/a", "a\nb", "a\u2028b", '"quoted", and, commas', "=1+1", "1.50", "007", "TRUE", "nandu", "#REF"]
 
 
 def write_items(folder, items):
@@ -139,7 +139,7 @@ def test_columns_that_trl_gives_a_meaning_of_its_own_are_left_out(tmp_path):
     ("items", "words"),
     [
         ([{"context": "hi"}, {"context": "[1"}], r"contexts\.json, row 2, context: .*neither JSON"),
-        ([{"context": "hi"}, {"context": 3}], r"contexts\.json, row 2, context: .*non-empty list"),
+        ([{"context": "hi"}, {"context": True}], r"contexts\.json, row 2, context: .*non-empty list"),
         ([{"context": [USER, ASSISTANT]}], r"contexts\.json, row 1, context: the last message"),
         ([{"Contexts": "hi", "b": 1}], r"contexts\.json: missing column context; found Contexts, b"),
         ([], r"missing column context; found none"),
@@ -220,7 +220,7 @@ def test_words_of_the_blinded_sheet_are_labels(tmp_path, label, number):
     assert read_judgements(write_sheet(tmp_path, [ROW, [*ROW[:3], label]])).counts[number] == 1 + (ROW[3] == number)
 
 
-@pytest.mark.parametrize("label", ["A", "tie", 4, -1, 0.5, 1.5, "policy", False, True, "NA", "1, 2"])
+@pytest.mark.parametrize("label", ["A", "tie", 4, -1, 0.5, 1.5, "policy", False, True, "1, 2"])
 def test_labels_that_are_none(tmp_path, label):
     path = write_sheet(tmp_path, [ROW, ROW, [*ROW[:3], label], ROW])
     with pytest.raises(InputError, match=r"sheet\.xlsx, row 4, human_eval: expected .*, got"):
@@ -315,7 +315,7 @@ def test_several_sheets(tmp_path):
     assert list(read["file"]) == [contexts[0], contexts[0], contexts[1]]
 
 
-@pytest.mark.parametrize("blank", [None, "", " ", "\xa0"])
+@pytest.mark.parametrize("blank", [None, "", " ", "\xa0", "NA"])
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_rows_not_judged_yet_are_counted_and_left_out(tmp_path, suffix, blank):
     path = write_sheet(tmp_path, [[*ROW[:3], "0"], [*ROW[:3], blank], [*ROW[:3], "1"]], suffix)
@@ -356,7 +356,7 @@ def test_other_headers_and_verdicts(tmp_path):
     names = dict(zip(COLUMNS, columns, strict=True))
     judgements = read_judgements(path, columns=names, labels={"A": 0, "B": 1, "tie": 3})
     assert [(row.policy_response, row.label) for row in judgements.rows] == [("a", 0), ("c", 1), ("e", 3)]
-    with pytest.raises(InputError, match="row 4, Winner: expected one of a, b, got 'Tie': labels maps"):
+    with pytest.raises(InputError, match="row 4, Winner: expected one of A, B, got 'Tie'"):
         load_preferences(path, columns=names, labels={"A": 0, "B": 1})
     with pytest.raises(InputError, match=r"missing column human_eval; found Prompt, .*, Winner"):
         load_preferences(path, columns={**names, "human_eval": "human_eval"})
@@ -367,7 +367,7 @@ def test_other_headers_and_verdicts(tmp_path):
     [
         ({"columns": {"prompt": "context_messages"}}, "columns maps context_messages, .* got prompt"),
         ({"columns": {"human_eval": 3}}, "columns maps .* got human_eval: 3"),
-        ({"columns": {"policy_response": "x", "reference_response": "x"}}, "columns names one header twice: x, x"),
+        ({"columns": {"policy_response": "x", "reference_response": "x"}}, "columns names one header twice: .*, x, x,"),
         ({"labels": {True: 0}}, r"labels maps a file's verdicts \(in quotes\) .* got True: 0"),
         ({"labels": {"A": 4}}, "labels maps .* got 'A': 4"),
         ({"labels": {"A": "0"}}, "labels maps .* got 'A': '0'"),
@@ -400,7 +400,7 @@ def test_a_double_header_is_named(tmp_path, suffix, caplog):
 
 
 @pytest.mark.parametrize("suffix", [".xlsx", ".csv"])
-@pytest.mark.parametrize("above", [[["Judgements, round 3"], []], [[], [], []], [["sep=,"]]])
+@pytest.mark.parametrize("above", [[["Judgements, round 3"], []], [[], [], []], [["Title, of it"]]])
 def test_rows_above_the_header(tmp_path, suffix, above, caplog):
     rows = [*above, ["id", *COLUMNS], ["7", *ROW[:3], 0], ["8", *ROW[:3], 1]]
     path = tmp_path / f"sheet{suffix}"
@@ -422,12 +422,14 @@ def test_fields_beside_the_header(tmp_path):
     """Empty ones at a row's end are none; others would move what they belong to."""
     header = ",".join(COLUMNS)
     path = tmp_path / "sheet.csv"
-    path.write_text(f"{header}\nhi,a,b,0,,\nho,a,b\nhe,a,b,1,\n", encoding="utf-8")
+    path.write_text(f"{header},,\nhi,a,b,0,,\n\nho,a,b,,\nhe,a,b,1,\n", encoding="utf-8")
     judgements = read_judgements(str(path))
     assert judgements.counts == {0: 1, 1: 1} and judgements.unjudged == {str(path): 1}
-    path.write_text(f"{header}\nhi,a,b,0\nDear team, where is it?,a,b,1\n", encoding="utf-8")
-    with pytest.raises(InputError, match="row 3 has 5 fields, the header 4: put a text that holds a comma"):
-        read_judgements(str(path))
+    for row, fields in (("Dear team, where is it?,a,b,1", 5), ("hi,Yes\nsure,No,0", 2)):
+        for more in ("", ",,"):  # columns without a name are no room for what slips
+            path.write_text(f"{header}{more}\nhi,a,b,0\n{row}\n", encoding="utf-8")
+            with pytest.raises(InputError, match=f"row 3 has {fields} fields, the header 4: put a text that holds"):
+                read_judgements(str(path))
 
 
 def test_lines_of_json_by_either_name(tmp_path):
@@ -443,3 +445,61 @@ def test_lines_of_json_by_either_name(tmp_path):
         (tmp_path / "t.jsonl").write_text("\n".join([*map(json.dumps, items), bad, json.dumps(items[0])]))
         with pytest.raises(InputError, match=r"cannot be read as \.jsonl .*: line 3"):
             load_contexts(str(tmp_path / "t.jsonl"))
+
+
+def test_a_header_once_more_is_left_out(tmp_path, caplog):
+    """As `cat a.csv b.csv` makes it."""
+    (tmp_path / "c.csv").write_text("id,context\n1,hello\nid,context\n2,you\n", encoding="utf-8")
+    contexts = load_contexts(str(tmp_path / "c.csv"))
+    assert [p[0]["content"] for p in contexts["prompt"]] == ["hello", "you"] and list(contexts["row"]) == [2, 4]
+    assert "row 3 is the header once more" in caplog.messages[0]
+
+
+def test_the_line_that_excel_obeys_is_no_row(tmp_path, caplog):
+    (tmp_path / "c.csv").write_text("sep=;\nid;context\n1;hello, you\n", encoding="utf-8")
+    contexts = load_contexts(str(tmp_path / "c.csv"))
+    assert contexts["prompt"][0][0]["content"] == "hello, you" and list(contexts["row"]) == [2] and not caplog.messages
+
+
+def test_a_title_that_mentions_the_column(tmp_path):
+    (tmp_path / "c.csv").write_text("Contexts of round 2\nid;context\n1;hello, you\n", encoding="utf-8")
+    assert load_contexts(str(tmp_path / "c.csv"))["prompt"][0][0]["content"] == "hello, you"
+
+
+def test_the_worksheet_that_has_the_columns_is_read(tmp_path):
+    """Numbers exports a summary first."""
+    book = Workbook()
+    book.active.append(["Export Summary"])
+    sheet = book.create_sheet("Table 1")
+    sheet.append(["context"])
+    sheet.append(["hello"])
+    book.save(tmp_path / "c.xlsx")
+    assert load_contexts(str(tmp_path / "c.xlsx"))["prompt"][0][0]["content"] == "hello"
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path):
+    path = write_sheet(tmp_path, [ROW])
+    assert read_judgements([path, f"{tmp_path}/./sheet.xlsx"]).counts == {0: 1}
+    with pytest.raises(InputError, match="path is empty"):
+        load_contexts([])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"columns": {"policy_response": "Reference_Response"}}, "columns names one header twice"),
+        ({"columns": {"policy_response": " "}}, "columns maps .* got policy_response: ' '"),
+        ({"columns": ["x"]}, "columns must be a mapping"),
+        ({"labels": {"A": 0, "a": 1}}, "labels says two things of 'a'"),
+        ({"labels": {}}, "labels must be a mapping of verdicts"),
+        ({"labels": ["A"]}, "labels must be a mapping of verdicts"),
+    ],
+)
+def test_mappings_that_say_nothing_or_two_things(tmp_path, settings, words):
+    with pytest.raises(InputError, match=words):
+        load_preferences(write_sheet(tmp_path, [ROW]), **settings)
+
+
+def test_truth_values_are_verdicts_where_labels_says_so(tmp_path):
+    path = write_sheet(tmp_path, [[*ROW[:3], True], [*ROW[:3], False]])
+    assert read_judgements(path, labels={"TRUE": 0, "FALSE": 1}).counts == {0: 1, 1: 1}

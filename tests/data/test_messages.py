@@ -41,6 +41,7 @@ def test_forms_of_a_context(cell, expected):
         ("{hello}", "neither JSON nor a Python literal|list of messages"),
         ("[" * 100_000, "neither JSON nor a Python literal"),
         ("[open('x')]", "neither JSON nor a Python literal"),
+        ('[{"role": "user", "content": "a", "content": "b"}]', "an object has the key 'content' twice"),
         ("[]", "non-empty list"),
         ([], "non-empty list"),
         (None, "non-empty list"),

@@ -97,3 +97,43 @@ def test_quotes_that_fit_nothing_are_named(tmp_path, line):
 
 def test_a_long_field(tmp_path):
     assert len(read_csv(write(tmp_path, f"p,q\n{'x' * 200_000},y\n"), "p")[2][0]) == 200_000
+
+
+def test_backslashes_of_a_text_stay(tmp_path):
+    """Where quotes are escaped by backslashes (MySQL, R) only these, line ends and backslashes are."""
+    line = r'"[{\"content\": \"a\nb\"}]",regex \d C:\temp' + "\n" + r'"a \"q\" C:\\x",\N' + "\n"
+    rows = read_csv(write(tmp_path, "p,q\n" + line), "p")
+    assert rows[2] == ['[{"content": "a\\nb"}]', "regex \\d C:\\temp"]
+    assert rows[3] == ['a "q" C:\\x', "\\N"]
+
+
+def test_quotes_of_a_tab_separated_file(tmp_path):
+    """Written without any quoting; or with it."""
+    rows = [["context", "reply"], ["hi", '"hello'], ["ho", '"Yes," she said.'], ["hu", 'bye"']]
+    text = "\n".join("\t".join(row) for row in rows)
+    assert list(read_csv(write(tmp_path, text), "context").values()) == rows
+    quoted = io.StringIO()
+    csv.writer(quoted, delimiter="\t").writerows(rows)
+    assert list(read_csv(write(tmp_path, quoted.getvalue()), "context").values()) == rows
+
+
+def test_a_broken_character_is_named(tmp_path):
+    data = "context\nhi 😀\nit’s\nho ".encode() + "😀".encode()[:-2] + "\nhe ’\n".encode()
+    with pytest.raises(InputError, match="it is UTF-8, but line 4 holds a broken character"):
+        decode(write(tmp_path, data))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It’s late, what now?",
+        "I don’t know. You’re right.",
+        "50°C is 122°F?",
+        "Ça va ?",
+        "naïve",
+        "Price is 5£",
+        "résumé",
+    ],
+)
+def test_a_few_letters_are_no_chinese(tmp_path, text):
+    assert decode(write(tmp_path, f"id,context\n1,{text}\n", "cp1252")) == f"id,context\n1,{text}\n"

@@ -7,9 +7,13 @@ import zipfile
 import pytest
 from openpyxl import Workbook, load_workbook
 
+from h2s.data import workbooks
 from h2s.data.cells import Stored
-from h2s.data.workbooks import read_worksheet
 from h2s.errors import InputError
+
+
+def read_worksheet(path, sheet=None, is_it=lambda cells: True):
+    return workbooks.read_worksheet(path, sheet, is_it)
 
 
 def save(folder, *rows, title="first"):
@@ -80,7 +84,10 @@ def test_the_first_visible_worksheet_is_read_and_the_others_named(tmp_path, capl
     book.save(path)
     assert read_worksheet(path)[1] == ["round 2"]
     (said,) = caplog.messages
-    assert said == f"{path}: the worksheet 'round 2' is read, not 'round 1' (hidden), 'notes' (sheet picks one)"
+    assert (
+        said
+        == f"{path}: the worksheet 'round 2' is read, not 'round 1' (hidden), 'notes' (for judgements sheet picks one)"
+    )
     caplog.clear()
     assert read_worksheet(path, "round 1")[1] == ["old"]
     assert not caplog.messages

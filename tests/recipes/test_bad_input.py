@@ -136,7 +136,7 @@ TABLE = [
     ("train_reward", rows(["hello", "a", "b"], columns=[*COLUMNS[:2], "verdict"]),
      "missing column reference_response, human_eval", "found context_messages, policy_response, verdict"),
     ("train_reward", rows(*[[*UNLABELLED, n] for n in (2, 3, 3)]), "no row is labelled 0 or 1", "(3 rows)"),
-    *[("train_reward", rows(GOOD_ROW, GOOD_ROW, [*UNLABELLED, label]), "row 4, human_eval: expected one of 0, 1, 2")
+    *[("train_reward", rows(GOOD_ROW, GOOD_ROW, [*UNLABELLED, label]), "row 4, human_eval: expected 0, 1, 2 or 3")
       for label in (4, -1, 0.5, "better", True)],
     # Set aside or not, each row is checked.
     *[("train_reward", rows(GOOD_ROW, [c, "a", "b", 3]), "row 3, context_messages:", words) for c, words in UNREADABLE],

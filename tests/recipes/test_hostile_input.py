@@ -66,15 +66,6 @@ CELL = "<sheetData><row><c><v>&l9;</v></c></row></sheetData>"
 BOMB = f'<!DOCTYPE x [<!ENTITY l0 "ha"> {LAUGHS}]><worksheet>{CELL}</worksheet>'
 
 
-def empty_first_sheet(p: Place) -> dict:
-    book = Workbook()
-    page = book.create_sheet("judgements")
-    for row in (COLUMNS, GOOD_ROW):
-        page.append(row)
-    book.save(p.folder / "sheet.xlsx")
-    return {"dataset": {"path": str(p.folder / "sheet.xlsx")}}
-
-
 def day_beyond_all_calendars(p: Place) -> dict:
     """openpyxl warns of it on stderr, where the refusal alone should stand."""
     workbook(p, GOOD_ROW)
@@ -104,10 +95,10 @@ WORKBOOKS = {
     "command as a formula": (response(CALC), "row 3, policy_response: ", "uncomputed formula"),
     "error cell": (response("#REF!"), "row 3, policy_response: ", "the error #REF!", "give its text"),
     "label by formula": (lambda p: workbook(p, [*GOOD_ROW[:3], "=1-1"]), "no row is labelled 0", "1 without a verdict"),
-    "label error": (lambda p: workbook(p, [*GOOD_ROW[:3], "#DIV/0!"]), "row 2, human_eval: expected one of 0, 1, 2, 3"),
+    "label error": (lambda p: workbook(p, [*GOOD_ROW[:3], "#DIV/0!"]), "row 2, human_eval: expected 0, 1, 2 or 3"),
     "label is a date": (
         lambda p: workbook(p, [*GOOD_ROW[:3], datetime.date(1900, 1, 1)]),
-        "row 2, human_eval: expected one of 0, 1, 2, 3",
+        "row 2, human_eval: expected 0, 1, 2 or 3",
     ),
     "date for a reply": (response(datetime.datetime(2024, 1, 2)), "row 3, policy_response: ", "2024", "cell as text"),
     "time for a reply": (response(datetime.time(12, 30)), "row 3, policy_response: ", "cell as text"),
@@ -116,7 +107,6 @@ WORKBOOKS = {
         lambda p: workbook(p, [datetime.datetime(2024, 1, 2), "a", "b", 0]),
         "row 2, context_messages: expected a non-empty list of messages or plain text",
     ),
-    "first sheet is empty": (empty_first_sheet, "missing column context_messages", "found none"),
 }
 
 

@@ -405,7 +405,7 @@ def test_row_that_stands_there_twice_is_refused(judged):
 def test_wrong_row_is_named(judged, verdict):
     folder, labels = judged
     labels[7] = verdict
-    assert "row 9, human_eval: expected one of 0, 1, 2, 3, " in complaint(label(folder, labels))
+    assert "row 9, human_eval: expected one of the list: A is better" in complaint(label(folder, labels))
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -604,3 +604,25 @@ def test_context_that_no_cell_holds():
     long = [{"role": "user", "content": "x" * 32_768}]
     with pytest.raises(InputError, match="context 2 has 32801 characters as JSON"):
         check_fits_cells(Dataset.from_dict({"prompt": [sample_context(0), long]}))
+
+
+def test_the_same_texts_for_soft_and_hard_stand_on_other_sides(tmp_path):
+    """A row is known again by its texts: they must not stand for soft and hard here, for hard and soft there."""
+    prompt = [{"role": "user", "content": "q"}]
+    for seed in range(6):
+        table = pd.DataFrame({"prompt": [prompt] * 2, "soft": ["yes", "no"], "hard": ["no", "yes"]})
+        write_blinded_sheet(table, tmp_path, seed)
+        rows = read_hidden(tmp_path).to_numpy().tolist()
+        key = read_key(tmp_path)
+        for row, side, soft in zip(rows, key["soft_side"], table["soft"], strict=True):
+            assert row[1 if side == "policy_response" else 2] == soft
+        assert len(set(zip(key["rows"], key["soft_side"], strict=True))) == len(set(key["rows"]))
+
+
+def test_a_verdict_drawn_down_past_the_end(judged):
+    folder, labels = judged
+    sheet = label(folder, labels)
+    book = openpyxl.load_workbook(sheet)
+    book.worksheets[0].cell(26, 4, 0)
+    book.save(sheet)
+    assert f"- {sheet}: 24 of 24 rows judged" in people_verdict([sheet])

@@ -1,5 +1,6 @@
 """Checked rows as data sets in TRL's conversational format: contexts (`prompt`), judgements (`chosen`, `rejected`)."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,8 @@ from h2s.data.cells import is_missing, is_unjudged, label_words, read_context, r
 from h2s.data.messages import Messages, conversation_id
 from h2s.data.tables import Rows, read_table
 from h2s.errors import InputError, in_short
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -45,8 +48,9 @@ VERDICTS = {
 
 
 # What a sheet's verdicts mean where `labels` does not say.
-LABEL_WORDS = {str(label): label for label in LABELS}
-LABEL_WORDS |= {label_words(words): label for verdicts in VERDICTS.values() for label, words in verdicts.items()}
+NUMBERS = {str(label): label for label in LABELS}
+DROP_DOWN = {label_words(words): label for verdicts in VERDICTS.values() for label, words in verdicts.items()}
+LABEL_WORDS = NUMBERS | DROP_DOWN
 
 
 def load_contexts(path: str | Sequence[str]) -> Dataset:
@@ -214,7 +218,8 @@ def read_judgements(
         need_direction: whether sheets without any direction are an error.
         sheet: the worksheet of a workbook; the first visible one by default.
         columns: what the files call the columns of `COLUMNS`, where it is something else.
-        labels: which of 0, 1, 2 and 3 the files' own verdicts mean: `{"A": 0, "B": 1, "tie": 3}`.
+        labels: which of 0, 1, 2 and 3 the files' own verdicts mean: `{"A": 0, "B": 1, "tie": 3}`. The blinded sheet's
+            words are read all the same, and 0 to 3 where no key is a number.
         encoding: of csv files; found by default.
 
     Raises:
@@ -241,6 +246,9 @@ def read_judgements(
         checked = _each(file, filled, lambda row: _judgement(row, names, words, meanings))
         rows += [Judgement(file, number, *judged) for number, judged in zip(filled, checked, strict=True)]
     judgements = Judgements(rows, unjudged)
+    counts = judgements.counts
+    if labels is None and not counts[POLICY_BETTER] and counts[REFERENCE_BETTER] and counts[BOTH_POOR]:
+        logger.warning("%s: no verdict is 0: where 1 is the first and 2 the second, set labels {1: 0, 2: 1}", paths[0])
     if need_direction and not {POLICY_BETTER, REFERENCE_BETTER} & judgements.counts.keys():
         left = f", {sum(unjudged.values())} without a verdict" if any(unjudged.values()) else ""
         raise InputError(
@@ -284,7 +292,8 @@ def check_labels(labels: Mapping[Any, int] | None) -> dict[str, int]:
             raise InputError(f"labels maps a file's verdicts (in quotes) to {meanings}, got {word!r}: {label!r}")
         if words.setdefault(label_words(word), label) != label:
             raise InputError(f"labels says two things of {word!r}, which is read without regard to case: keep one")
-    return words
+    # Sheets of compare.py, and those in numbers, are read beside others; a file's own numbers stand for ours.
+    return DROP_DOWN | (words if any(word.isdigit() for word in words) else NUMBERS | words)
 
 
 def _each_once(path: str | Sequence[str]) -> list[str]:

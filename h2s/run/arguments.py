@@ -144,8 +144,8 @@ class RewardDatasetArguments(DatasetArguments):
     """The judgements, how they are split, and what is measured on them."""
 
     sheet: str | None = _setting("The worksheet; the first visible one by default.")
-    columns: dict | str | None = _setting("What the files call the columns: {human_eval: verdict, …}, or JSON.")
-    labels: dict | str | None = _setting('Which verdict means what: {"A": 0, "B": 1, "tie": 3}, or JSON.')
+    columns: dict | str | None = _setting("What the files call the columns: a mapping; as a flag JSON.")
+    labels: dict | str | None = _setting('Which verdict means what: {"A": 0, "B": 1, "tie": 3}; as a flag JSON.')
     encoding: str | None = _setting("Of csv files; found by default.")
     folds: int | None = _setting("Cross-validate over this many folds by conversation first (5, say).")
     judge_share: float | None = _setting("Share of the conversations that a second model, the judge, gets (0.5, say).")

@@ -503,3 +503,15 @@ def test_mappings_that_say_nothing_or_two_things(tmp_path, settings, words):
 def test_truth_values_are_verdicts_where_labels_says_so(tmp_path):
     path = write_sheet(tmp_path, [[*ROW[:3], True], [*ROW[:3], False]])
     assert read_judgements(path, labels={"TRUE": 0, "FALSE": 1}).counts == {0: 1, 1: 1}
+
+
+def test_labels_leave_the_blinded_sheets_words(tmp_path, caplog):
+    """Rounds are read together: other hands' verdicts, ours by the drop-down, ours in numbers."""
+    path = write_sheet(tmp_path, [[*ROW[:3], v] for v in ("A", "A is better", "B 較好", "0", "3")])
+    assert read_judgements(path, labels={"A": 0, "B": 1}).counts == {0: 3, 1: 1, 3: 1}
+    with pytest.raises(InputError, match="row 3, human_eval: expected one of 1, 2, got '0'"):
+        read_judgements(write_sheet(tmp_path, [[*ROW[:3], v] for v in "10"]), labels={1: 0, 2: 1})
+    path = write_sheet(tmp_path, [[*ROW[:3], v] for v in "12"])
+    assert read_judgements(path, labels={1: 0, 2: 1}).counts == {0: 1, 1: 1} and not caplog.messages
+    read_judgements(path)
+    assert "no verdict is 0" in caplog.messages[0]

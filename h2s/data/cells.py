@@ -92,7 +92,7 @@ def _refuse_rendered(text: str) -> None:
     if mark := TEMPLATE_MARK.search(text) or ENCODED.search(lines) or ONE_LINE.search(lines):
         what = mark[0][:40]
     elif len(speakers) == 2 or in_turn:
-        what = " and ".join(speakers if len(speakers) == 2 else names[:2])
+        what = " and ".join(f"{name}:" for name in (speakers if len(speakers) == 2 else names[:2]))
     else:
         return
     raise InputError(

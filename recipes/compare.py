@@ -44,7 +44,10 @@ def main(run, argv: list[str] | None = None) -> None:
     seen_by = {"policy": opened.prefix.seen} | {name: scorer.seen for name, scorer in scorers.items()}
     contexts, aside = splits.set_aside_seen(contexts, seen_by)
     splits.warn_of_few(contexts)
-    which = f"Temperature {args.temperature:g}. {data_args.which_contexts()} {aside}"
+    drawn = (
+        f"Temperature {args.temperature:g}, seed {args.seed}: train_policy.py reported the same replies if it had both."
+    )
+    which = f"{drawn} {data_args.which_contexts()} {aside}"
 
     ###########
     # Compare #

@@ -14,7 +14,8 @@ from h2s.data import splits
 from h2s.data.datasets import read_judgements
 from h2s.report.accuracy import cross_validate, sheet_report, write_accuracy
 from h2s.reward.config import TaskArguments
-from h2s.reward.model import open_encoder, readable_pairs
+from h2s.reward.encoder import open_encoder
+from h2s.reward.pairs import readable_pairs
 from h2s.run import arguments
 from h2s.run.folder import run_recipe
 from h2s.run.recipe import parse_recipe

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from h2s.models import load_tokenizer
-from h2s.reward.model import RewardModel, add_reward_prefix, load_encoder
+from h2s.reward.encoder import add_reward_prefix, load_encoder
+from h2s.reward.model import RewardModel
 
 ROOT = Path(__file__).parents[1]
 CORPUS = [

@@ -343,7 +343,12 @@ def _each(file: str, rows: Rows, read: Callable[[dict[str, Any]], T]) -> list[T]
         ((number, why),) = bad.items()
         raise InputError(f"{file}, row {number}, {why}")
     if bad:
-        named = "; ".join(f"row {number}, {why[:200]}" for number, why in list(bad.items())[:NAMED_ROWS])
+        reasons: dict[str, list[int]] = {}
+        for number in list(bad)[:NAMED_ROWS]:
+            reasons.setdefault(bad[number][:200], []).append(number)
+        named = "; ".join(
+            f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}, {why}" for why, numbers in reasons.items()
+        )
         more = f"; and {len(bad) - NAMED_ROWS} more" if len(bad) > NAMED_ROWS else ""
         raise InputError(f"{file}: {len(bad)} rows cannot be used: {named}{more}")
     return values

@@ -95,6 +95,8 @@ def _what_is_wrong(text: str, place: int) -> str:
         r"&(?:quot|#34|#39|apos);": "quotes spelt for HTML (&quot;)",
     }
     found = ((re.search(pattern, text), cause) for pattern, cause in causes.items())
+    if text[-1:] not in ("]", "}", '"', "'"):
+        return f"it does not end as a list, was it cut off?: {_short(text[-40:])}"
     unknown = (None, "is a quote not escaped, a bracket not closed, or is it a text (a list of one message then)?")
     match, cause = next((f for f in found if f[0]), unknown)
     place = match.start() if match else place

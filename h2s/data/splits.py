@@ -92,6 +92,13 @@ def split_by_conversation(dataset: Dataset, split_seed: int, test_size: float) -
             f"{conversations} conversations found, all held out by test_size {test_size} and split_seed {split_seed}, "
             "as are those of a sheet that compare.py wrote with both: take another split_seed, the same in every recipe"
         )
+    files = dataset["file"][:] if "file" in dataset.column_names else []
+    for file in dict.fromkeys(files):
+        rows = [w for f, w in zip(files, where, strict=True) if f == file]
+        if "train" not in rows:
+            logger.warning(
+                "%s: all its %d rows are held out by split_seed %d, none trains", file, len(rows), split_seed
+            )
     parts: dict[Part, Dataset] = {}
     for part in ("train", "validation", "test"):
         parts[part] = dataset.select([i for i, p in enumerate(where) if p == part])

@@ -125,7 +125,9 @@ def _columns(names: Iterable[str], wanted: Sequence[str], where: str = "") -> li
     missing = [name for name in wanted if name not in found]
     if missing:
         heads = ", ".join(name for name in found if name)
-        raise InputError(f"missing column {', '.join(missing)}{where}; found {heads or 'none'}")
+        raise InputError(
+            f"missing column {', '.join(missing)}{where}; found {heads or 'none'} (for judgements columns maps others)"
+        )
     counts = Counter(found)
     for name in wanted:
         if counts[name] > 1:

@@ -115,7 +115,7 @@ def _delimiter(text: str, header_name: str) -> str:
     for line in text.splitlines()[:50]:
         for mark in ",;\t":
             names = [name.strip(" \ufeff").casefold() for name in next(csv.reader([line], delimiter=mark), [])]
-            best = max(best, (wanted in names, len(names) if wanted in names else 0, mark), key=lambda found: found[:2])
+            best = max(best, (wanted in names, len(names), mark), key=lambda found: found[:2])
     return best[2]
 
 

@@ -32,6 +32,7 @@ from h2s.prefix.adapter import (
     random_prefix,
     save_adapter,
 )
+from h2s.prefix.card import EXAMPLES, describe
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
 from h2s.prefix.generation import Sampling, decode, seeded, stop_token_ids
 from h2s.prefix.legacy import LegacyPrefix
@@ -49,17 +50,6 @@ OWN_ARGUMENTS = {
     "generation_config": "max_completion_length, temperature, top_k and top_p",
     "num_return_sequences": "a conversation as often as you want replies to it",
     "return_dict_in_generate": "policy.model.generate the tokens of policy.encode",
-}
-CARD_EXAMPLE = """from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, pipeline
-
-model = AutoPeftModelForCausalLM.from_pretrained({source})
-tokenizer = AutoTokenizer.from_pretrained({source})
-chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
-chat({messages})"""
-EXAMPLES = {
-    "user": '[{"role": "user", "content": "Hello! I went for a long walk today."}]',
-    "assistant": '[{"role": "assistant", "content": "How was your day?"}, {"role": "user", "content": "Quiet."}]',
 }
 
 
@@ -211,13 +201,8 @@ class PrefixTuningPolicyModel(SavedAdapter):
         save_adapter(self.model, self.tokenizer, self.prefix, folder, is_main_process)
 
     def _write_card(self, folder: Path, report: str, source: str) -> None:
-        prompt = self.prefix.hard_prompt.replace("\n", "\n> ")
-        tokens = len(self.prefix.token_ids)
-        about = f"A soft prefix of {tokens} virtual tokens. It began as this hard prompt:\n\n> {prompt}"
-        if words := self.prefix.question_prefix:
-            about += f"\n\nIts chat template puts {words!r} in front of the question that the assistant begins with."
-        use = CARD_EXAMPLE.format(source=source, messages=EXAMPLES[self.prefix.first_role])
         base = self.model.peft_config[SOFT].base_model_name_or_path
+        about, use = describe(self.prefix, source)
         write_card(folder, "A system prompt as a soft prefix", base, about, report, use, "text-generation", [])
 
     def difference_to_hard_prompt(self) -> float:

@@ -95,9 +95,9 @@ def _check_beginnings(prefix: ChatPrefix, contexts: Sequence[Messages], places: 
         more = f" and {len(odd) - 10} more" if len(odd) > 10 else ""
         raise InputError(
             f"{len(odd)} of {len(contexts)} contexts begin with the {role}, the others with the {prefix.first_role}, "
-            f"as they must with this adapter: leave out or mend {', '.join(odd[:10])}{more}"
+            f"as they must with this prompt: leave out or mend {', '.join(odd[:10])}{more}"
         )
     raise InputError(
-        f"{odd[0]} begins with the {role}, but with this adapter a conversation begins with the {prefix.first_role}: "
-        f"{'set' if role == 'assistant' else 'leave out'} opening_user_message"
+        f"{odd[0]} begins with the {role}, but with this prompt a conversation begins with the {prefix.first_role}: "
+        f"begin it so, or make the adapter {'with' if role == 'assistant' else 'without'} an opening_user_message"
     )

@@ -25,7 +25,8 @@ from h2s.data.splits import Part, conversations_of
 from h2s.report.agreement import agreement_text
 from h2s.report.intervals import difference_text, share_interval, share_text
 from h2s.report.verdict import accuracy_verdict, calibration_verdict
-from h2s.reward.model import RewardModel, reply_text
+from h2s.reward.model import RewardModel
+from h2s.reward.pairs import reply_text
 
 logger = logging.getLogger(__name__)
 

@@ -25,17 +25,9 @@ from h2s.errors import InputError, RunError
 from h2s.models import load_tokenizer
 from h2s.prefix.adapter import load_weights, soft_prefix
 from h2s.reward.config import RewardModelConfig
-from h2s.reward.model import (
-    PreferenceCollator,
-    RewardModel,
-    add_reward_prefix,
-    check_encoder,
-    load_encoder,
-    max_text_tokens,
-    open_encoder,
-    readable_pairs,
-    tokenize_preferences,
-)
+from h2s.reward.encoder import add_reward_prefix, check_encoder, load_encoder, max_text_tokens, open_encoder
+from h2s.reward.model import RewardModel
+from h2s.reward.pairs import PreferenceCollator, readable_pairs, tokenize_preferences
 from h2s.run.callbacks import LogBeforeSaving
 from h2s.run.checkpoints import WholeCheckpoints
 

@@ -1,7 +1,7 @@
 import hashlib
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from h2s.data.datasets import load_contexts, load_preferences
 from h2s.data.splits import (
@@ -258,3 +258,13 @@ def test_nothing_is_left():
     words = "nothing is left to report on: 4 of 4 contexts are set aside, .*: judge 4; give contexts of other conv"
     with pytest.raises(InputError, match=words):
         set_aside_seen(rows, {"judge": conversations_of(rows)})
+
+
+def test_a_file_whose_rows_are_all_held_out_is_named(caplog):
+    """As one that compare.py wrote, beside the sheets that train."""
+    rows = many()
+    held_out = split_by_conversation(rows, 42, 0.2)["test"]
+    assert not caplog.messages
+    both = [part.add_column("file", [name] * len(part)) for name, part in (("a.xlsx", rows), ("b.xlsx", held_out))]
+    split_by_conversation(concatenate_datasets(both), 42, 0.2)
+    assert caplog.messages == [f"b.xlsx: all its {len(held_out)} rows are held out by split_seed 42, none trains"]

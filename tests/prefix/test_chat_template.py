@@ -239,7 +239,9 @@ def test_what_cannot_be_a_prefix(hard_prompt, opening, template, words):
         chat_prefix(tokenizer, hard_prompt, opening)
 
 
-@pytest.mark.parametrize(("opening", "begins", "remedy"), [(None, "assistant", "set"), ("start", "user", "leave out")])
+@pytest.mark.parametrize(
+    ("opening", "begins", "remedy"), [(None, "assistant", "with an"), ("start", "user", "without an")]
+)
 def test_conversation_that_begins_with_the_wrong_role(opening, begins, remedy):
     _, wrapped, prefix = stock_and_wrapped(HARD_PROMPT, opening)
     bad = context(None if opening else "start")

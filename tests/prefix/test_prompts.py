@@ -18,7 +18,7 @@ def test_contexts_that_begin_otherwise_are_named(policy):
     """The odd ones by the rows of their file, ten of them at most; by places where there is no file."""
     mixed = table(USER, ASSISTANT, USER, ASSISTANT)
     words = (
-        "2 of 4 contexts begin with the assistant, the others with the user, as they must with this adapter: leave out "
+        "2 of 4 contexts begin with the assistant, the others with the user, as they must with this prompt: leave out "
         "or mend context "
     )
     with pytest.raises(InputError, match=f"{words}3, context 5"):
@@ -27,7 +27,10 @@ def test_contexts_that_begin_otherwise_are_named(policy):
         policy.encode(mixed["prompt"][:], 1)
     with pytest.raises(InputError, match=r"12 of 13 .* context 11 and 2 more"):
         policy.encode(table(*[ASSISTANT] * 12, USER), 1)
-    with pytest.raises(InputError, match=r"context 2 begins with the assistant, but .*: set opening_user_message"):
+    with pytest.raises(
+        InputError,
+        match=r"context 2 begins with the assistant, but .*: begin it so, or make the adapter with an opening_user_message",
+    ):
         policy.encode(table(*[ASSISTANT] * 3), 1)
 
 

@@ -22,7 +22,8 @@ import h2s
 from h2s.data.datasets import load_preferences
 from h2s.data.messages import conversation_id
 from h2s.data.splits import conversations_of, folds_by_conversation, share_with_judge, split_by_conversation
-from h2s.reward.model import RewardModel, context_text
+from h2s.reward.model import RewardModel
+from h2s.reward.pairs import context_text
 
 FOLDS, TEST_SIZE = 3, 0.3
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "h2s.json", "README.md"}

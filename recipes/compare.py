@@ -45,7 +45,7 @@ def main(run, argv: list[str] | None = None) -> None:
     contexts, aside = splits.set_aside_seen(contexts, seen_by)
     splits.warn_of_few(contexts)
     drawn = (
-        f"Temperature {args.temperature:g}, seed {args.seed}: train_policy.py reported the same replies if it had both."
+        f"Temperature {args.temperature:g}, seed {args.seed} (where train_policy.py had both, its report's replies)."
     )
     which = f"{drawn} {data_args.which_contexts()} {aside}"
 

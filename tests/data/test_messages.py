@@ -42,7 +42,7 @@ def test_forms_of_a_context(cell, expected):
         ("[" * 100_000, "neither JSON nor a Python literal"),
         ("[open('x')]", "neither JSON nor a Python literal"),
         ('[{"role": "user", "content": "a", "content": "b"}]', "an object has the key 'content' twice"),
-        ("[{'role': 'user', 'content': 'Where is my ord", r"does not end as a list, was it cut off\?: .*my ord'"),
+        ("[{'role': 'user', 'content': 'Where is my ord", r"does not end as a list, was it cut off\?: .*my ord"),
         ("[]", "non-empty list"),
         ([], "non-empty list"),
         (None, "non-empty list"),

@@ -107,6 +107,7 @@ def compared(policy_adapter, reward_adapter, contexts_file, tmp_path_factory):
     return out
 
 
+@pytest.mark.faults
 def test_comparing_on_two_processes_says_what_one_says(compared):
     """40 contexts in 14 batches of up to 3: the same replies, scores, report and sheet, each file written once."""
     one, two = (compared / str(n) for n in (1, 2))
@@ -121,6 +122,7 @@ def test_comparing_on_two_processes_says_what_one_says(compared):
     assert (two / "train.log").read_text().count("Temperature ") == 1
 
 
+@pytest.mark.faults
 def test_converting_on_two_processes_writes_once(gemma_folder, tmp_path):
     flags = ["--model_name_or_path", str(gemma_folder), "--hard_prompt", HARD_PROMPT, "--output_dir", str(tmp_path)]
     done = launch(2, "recipes/convert_prompt.py", *flags)
@@ -133,6 +135,7 @@ def test_converting_on_two_processes_writes_once(gemma_folder, tmp_path):
     assert again.difference_to_hard_prompt() < 1e-4
 
 
+@pytest.mark.faults
 def test_generating_is_of_one_process(policy_adapter):
     """Told in one line for both, as all bad input is."""
     done = launch(2, "recipes/generate.py", "--policy_adapter", str(policy_adapter), "--conversation", "hello")

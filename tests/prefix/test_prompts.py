@@ -27,10 +27,7 @@ def test_contexts_that_begin_otherwise_are_named(policy):
         policy.encode(mixed["prompt"][:], 1)
     with pytest.raises(InputError, match=r"12 of 13 .* context 11 and 2 more"):
         policy.encode(table(*[ASSISTANT] * 12, USER), 1)
-    with pytest.raises(
-        InputError,
-        match=r"context 2 begins with the assistant, but .*: begin it so, or make the adapter with an opening_user_message",
-    ):
+    with pytest.raises(InputError, match=r"context 2 begins with the assistant, but .* with an opening_user_message"):
         policy.encode(table(*[ASSISTANT] * 3), 1)
 
 

@@ -19,16 +19,18 @@ INVISIBLE = re.compile("[\u200b\u200c\u200d\u2060\ufeff]")
 # Conversations that are already text, by a chat template's mark, ...
 TEMPLATE_MARK = re.compile(
     r"[<‹][|｜][^<>|｜\n]{1,30}[|｜][>›]|</?(?:start_of_turn|end_of_turn|user|assistant|human)>|\[/?INST\]"
+    r"|^### (?:Instruction|Response|Human|Assistant)\b",
+    re.MULTILINE,
 )
 # ... by a message's fields, ...
 ENCODED = re.compile(r"""["'](?:role|from)["']\s*:|\brole\s*[=:]\s*["']?(?:user|assistant)\b""", re.IGNORECASE)
 # ... by both speakers' names at the beginnings of lines (on one line if in capitals), ...
-_PERSON = "human|user|you said|usuario|utilisateur|使用者|用户|用戶|客戶|提問者|問|q|question|instruction"
-_MACHINE = "assistant|ai|bot|chatbot|gpt|chatgpt|chatgpt said|助理|助手|機器人|客服|答|a|answer|response"
+_PERSON = "human|user|you said|usuario|utilisateur|使用者|用户|用戶|客戶|提問者|問"
+_MACHINE = "assistant|ai|bot|chatbot|gpt|chatgpt|chatgpt said|助理|助手|機器人|客服|答"
 _BEFORE, _AFTER = r"^[\s>*#\-•\"'\[(]*(?:\d+[.:)]\s*)?", r"(?:\s*\d+|\s*\([^)\n]*\))?[\"'\])*\s]*(?:[:：>]|-(?= )|$)"
 SPEAKERS = [re.compile(f"{_BEFORE}({names}){_AFTER}", re.I | re.M) for names in (_PERSON, _MACHINE)]
 ONE_LINE = re.compile(r"\b(?:USER|HUMAN): .*\b(?:ASSISTANT|AI):")
-# ... or by two names of any kind that take turns.
+# Two names of any kind that take turns may be a conversation, or a prompt with examples: this is only told.
 NAMED_LINE = re.compile(rf"{_BEFORE}([^\W\d_][\w ]{{0,20}}?)(?:\s*\([^)\n]*\))?[\"'\])*\s]*[:：]", re.M)
 
 
@@ -85,20 +87,32 @@ def read_context(cell: Any) -> Messages:
 
 
 def _refuse_rendered(text: str) -> None:
-    lines = re.sub(r"\\n|<br\s*/?>", "\n", unicodedata.normalize("NFKC", text))
-    names = [name.casefold() for name in NAMED_LINE.findall(lines)]
-    in_turn = len(names) > 2 and names[0] != names[1] and names == (names[:2] * len(names))[: len(names)]
+    lines = _lines(text)
     speakers = [found[1] for found in (speaker.search(lines) for speaker in SPEAKERS) if found]
     if mark := TEMPLATE_MARK.search(text) or ENCODED.search(lines) or ONE_LINE.search(lines):
         what = mark[0][:40]
-    elif len(speakers) == 2 or in_turn:
-        what = " and ".join(f"{name}:" for name in (speakers if len(speakers) == 2 else names[:2]))
+    elif len(speakers) == 2:
+        what = " and ".join(f"{name}:" for name in speakers)
     else:
         return
     raise InputError(
         f'it looks like a conversation printed as text ({what!r}): give a list of {{"role": …, "content": …}} (a list '
         "of one message where it is one)"
     )
+
+
+def _lines(text: str) -> str:
+    return re.sub(r"\\n|<br\s*/?>", "\n", unicodedata.normalize("NFKC", text))
+
+
+def names_in_turn(cell: Any) -> str:
+    """Two names that take turns at the beginnings of a text's lines, three times or more; none: an empty text."""
+    text = cell.value if isinstance(cell, Stored) else cell
+    is_text = isinstance(text, str) and text.lstrip()[:1] not in ("[", "{")
+    names = NAMED_LINE.findall(_lines(text)) if is_text else []
+    folded = [name.casefold() for name in names]
+    in_turn = len(names) > 2 and folded[0] != folded[1] and folded == (folded[:2] * len(names))[: len(names)]
+    return f"{names[0]}: and {names[1]}:" if in_turn else ""
 
 
 def read_reply(cell: Any) -> str:

@@ -1,27 +1,23 @@
 """Checked rows as data sets in TRL's conversational format: contexts (`prompt`), judgements (`chosen`, `rejected`)."""
 
 import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from datasets import Dataset
 
 from h2s.data.cells import is_missing, is_unjudged, label_words, read_context, read_label, read_reply
 from h2s.data.messages import Messages, conversation_id
-from h2s.data.tables import Rows, read_table
+from h2s.data.rows import check_rows, each_file_once, in_column, tell_of_turns
+from h2s.data.tables import read_table
 from h2s.errors import InputError, in_short
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 # What TRL's trainers do not hand to a reward either, and what says here where a context stands.
 NOT_HANDED_ON = ("prompt", "completion", "completion_ids", "file", "row")
-# So many bad rows are named at once.
-NAMED_ROWS = 10
 COLUMNS = ("context_messages", "policy_response", "reference_response", "human_eval")
 POLICY_BETTER, REFERENCE_BETTER, BOTH_POOR, TIE = range(4)
 LABELS = {
@@ -73,10 +69,11 @@ def load_contexts(path: str | Sequence[str]) -> Dataset:
         InputError: a file, a row (named) or a column of it cannot be used.
     """
     columns: dict[str, list] = {"prompt": []}
-    paths = _each_once(path)
+    paths = each_file_once(path)
     tables = {name: read_table(name, "a JSON list of items with a 'context'", ["context"]) for name in paths}
     for name, rows in tables.items():
-        columns["prompt"] += _each(name, rows, lambda row: _in_column("context", read_context, row["context"]))
+        tell_of_turns(name, {number: row["context"] for number, row in rows.items()})
+        columns["prompt"] += check_rows(name, rows, lambda row: in_column("context", read_context, row["context"]))
     if not columns["prompt"]:
         raise InputError(f"{', '.join(paths)}: no contexts in it")
     further = dict.fromkeys(name for rows in tables.values() for row in rows.values() for name in row)
@@ -232,7 +229,7 @@ def read_judgements(
     meanings = (
         "0, 1, 2 or 3 (labels maps other verdicts)" if labels is None else f"one of {', '.join(map(str, labels))}"
     )
-    paths = _each_once(path)
+    paths = each_file_once(path)
     for name, value, suffixes in (("sheet", sheet, (".xlsx",)), ("encoding", encoding, (".csv", ".tsv"))):
         if value is not None and not any(file.lower().endswith(suffixes) for file in paths):
             raise InputError(f"{name} is for {' and '.join(suffixes)} files, got {', '.join(paths)}: leave it out")
@@ -243,7 +240,8 @@ def read_judgements(
         table = read_table(file, expected, list(names.values()), sheet, encoding)
         filled = {number: row for number, row in table.items() if not is_unjudged(row[names["human_eval"]])}
         unjudged[file] = len(table) - len(filled)
-        checked = _each(file, filled, lambda row: _judgement(row, names, words, meanings))
+        tell_of_turns(file, {number: row[names["context_messages"]] for number, row in filled.items()})
+        checked = check_rows(file, filled, lambda row: _judgement(row, names, words, meanings))
         rows += [Judgement(file, number, *judged) for number, judged in zip(filled, checked, strict=True)]
     judgements = Judgements(rows, unjudged)
     counts = judgements.counts
@@ -296,59 +294,13 @@ def check_labels(labels: Mapping[Any, int] | None) -> dict[str, int]:
     return DROP_DOWN | (words if any(word.isdigit() for word in words) else NUMBERS | words)
 
 
-def _each_once(path: str | Sequence[str]) -> list[str]:
-    """Paths, a file that is named twice once.
-
-    Raises:
-        InputError: there is none.
-    """
-    paths = list({os.path.realpath(p): p for p in reversed([path] if isinstance(path, str) else list(path))}.values())
-    if not paths:
-        raise InputError("path is empty: name a file")
-    return paths[::-1]
-
-
 def _judgement(
     row: Mapping[str, Any], names: Mapping[str, str], words: Mapping[str, int], meanings: str
 ) -> tuple[Messages, str, str, int]:
     context, policy, reference, label = (names[name] for name in COLUMNS)
     return (
-        _in_column(context, read_context, row[context]),
-        _in_column(policy, read_reply, row[policy]),
-        _in_column(reference, read_reply, row[reference]),
-        _in_column(label, lambda cell: read_label(cell, words, meanings), row[label]),
+        in_column(context, read_context, row[context]),
+        in_column(policy, read_reply, row[policy]),
+        in_column(reference, read_reply, row[reference]),
+        in_column(label, lambda cell: read_label(cell, words, meanings), row[label]),
     )
-
-
-def _in_column(column: str, read: Callable[[Any], T], cell: Any) -> T:
-    try:
-        return read(cell)
-    except InputError as error:
-        raise InputError(f"{column}: {error}") from None
-
-
-def _each(file: str, rows: Rows, read: Callable[[dict[str, Any]], T]) -> list[T]:
-    """What `read` makes of each row.
-
-    Raises:
-        InputError: some rows cannot be used; the first of them are named.
-    """
-    values, bad = [], {}
-    for number, row in rows.items():
-        try:
-            values.append(read(row))
-        except InputError as error:
-            bad[number] = str(error)
-    if len(bad) == 1:
-        ((number, why),) = bad.items()
-        raise InputError(f"{file}, row {number}, {why}")
-    if bad:
-        reasons: dict[str, list[int]] = {}
-        for number in list(bad)[:NAMED_ROWS]:
-            reasons.setdefault(bad[number][:200], []).append(number)
-        named = "; ".join(
-            f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}, {why}" for why, numbers in reasons.items()
-        )
-        more = f"; and {len(bad) - NAMED_ROWS} more" if len(bad) > NAMED_ROWS else ""
-        raise InputError(f"{file}: {len(bad)} rows cannot be used: {named}{more}")
-    return values

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from h2s.data.cells import Stored, is_blank, label_words, read_context, read_label, read_reply
+from h2s.data.cells import Stored, is_blank, label_words, names_in_turn, read_context, read_label, read_reply
 from h2s.errors import InputError
 
 USER = {"role": "user", "content": "What is tea?"}
@@ -109,13 +109,10 @@ RENDERED = [
     "You said:\nhi\nChatGPT said:\nhello",
     "### Instruction:\nhi\n### Response:",
     "USER: hi ASSISTANT: hello",
-    "Q: hi\nA: hello",
     "問：嗨\n答：你好",
-    "Patient: hi\nDoctor: hello\nPatient: x",
     "- User: hi\n- Assistant: hello",
     "1. User: hi\n2. Assistant: hello",
     "User (10:32): hi\nAssistant (10:33): hello",
-    "User 1: hi\nUser 2: ho\nUser 1: x",
     "Ｕｓｅｒ：hi\nＡｓｓｉｓｔａｎｔ：hello",
     "User: hi\\nAssistant: hello",
     "User: hi<br>Assistant: hello",
@@ -156,6 +153,8 @@ def test_a_conversation_printed_as_text_is_refused(text):
         "Name: Ann\\nAge: 3\\nTown: Ulm",
         "a < b | c > d",
         '"Yes," she said. Why?',
+        "Question: what is 2 + 2?\nA: 3\nB: 4\nAnswer:",
+        "Sentence: fine\nLabel: good\nSentence: bad\nLabel:",
     ],
 )
 def test_a_message_that_only_mentions_them_is_a_message(text):
@@ -215,3 +214,19 @@ def test_a_verdict_that_is_shown_otherwise():
 def test_numbers_and_bytes_are_text():
     assert read_context(42) == [{"role": "user", "content": "42"}]
     assert read_reply("茶".encode()) == "茶"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("Patient: hi\nDoctor: hello\nPatient: x", "Patient: and Doctor:"),
+        ("User 1: hi\nUser 2: ho\nUser 1: x", "User 1: and User 2:"),
+        ("Q: hi\nA: hello\nQ: x\nA:", "Q: and A:"),
+        ("Q: hi\nA: hello", ""),
+        ("Name: Ann\nAge: 3\nTown: Ulm\nName: Ben", ""),
+        (["Q: "], ""),
+        ("[{'role': 'user', 'content': '''Q: a\nA: b\nQ: c'}]", ""),
+    ],
+)
+def test_names_that_take_turns(text, names):
+    assert names_in_turn(text) == names

@@ -521,3 +521,11 @@ def test_other_headers_in_a_semicolon_file_are_shown_one_by_one(tmp_path):
     (tmp_path / "c.csv").write_text('Prompt;Reply 1;Winner\n"a, b";"c ""d""";A\n', encoding="utf-8")
     with pytest.raises(InputError, match=r"found Prompt, Reply 1, Winner \(for judgements columns maps others\)"):
         load_preferences(str(tmp_path / "c.csv"))
+
+
+def test_texts_whose_lines_take_turns_are_told(tmp_path, caplog):
+    texts = ["hi", "Doctor: hi\nPatient: ho\nDoctor: well?", "Input: 1\nOutput: 2\nInput: 3"]
+    contexts = load_contexts(write_items(tmp_path, [{"context": text} for text in texts]))
+    assert [p[0]["content"] for p in contexts["prompt"]] == texts
+    (said,) = caplog.messages
+    assert "2 contexts have lines that take turns (Doctor: and Patient: in row 2)" in said

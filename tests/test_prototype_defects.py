@@ -55,8 +55,8 @@ DEFECTS = {
         "reward/test_model.py::test_plain_peft_scores_the_same",
     ],
     "no [CLS] and [SEP]": [
-        "reward/test_model.py::test_layout_of_a_pair",
-        "reward/test_model.py::test_layout_is_berts_own",
+        "reward/test_pairs.py::test_layout_of_a_pair",
+        "reward/test_pairs.py::test_layout_is_berts_own",
     ],
     "rewards scored one text at a time": [
         "test_prototype_defects.py::test_texts_are_scored_together",

@@ -6,6 +6,7 @@
 import functools
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -21,8 +22,8 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from h2s.errors import InputError, RunError, Terminated
-from h2s.run.recipe import RECIPE_FILE, split_mismatch, write_recipe
-from h2s.run.terminal import TerminalHandler, above_bars, quiet_libraries
+from h2s.run.recipe import RECIPE_FILE, resume_mismatch, write_recipe
+from h2s.run.terminal import TerminalHandler, above_bars, any_letter, quiet_libraries
 
 # Of the whole package: what any module logs goes to a run's log.
 logger = logging.getLogger("h2s")
@@ -77,19 +78,20 @@ class Run:
             model: the recipe's section `model`.
             dataset: the recipe's section `dataset`.
             task: the recipe's section `task`, with `output_dir` and `run_name` (a timestamp by default).
-            resume: whether a run that exists is resumed, with the same split; None where a recipe has no checkpoints.
+            resume: whether a run that exists is resumed, with the same model and split; None where a recipe has no
+                checkpoints.
             **defaults: those that the recipe was parsed with.
 
         Raises:
             InputError: the folder cannot be made, or it exists and holds something and the run does not resume it, or
-                it began with another split (what it learnt from would be reported on).
+                it began with another model or split (what it learnt from would be reported on).
         """
         # Without `cpu` Accelerate takes each of several CPU processes for the only one; trainers' arguments say it too.
         PartialState(cpu=not torch.cuda.is_available())
         name = [task.run_name or time.strftime("%Y%m%d-%H%M%S")]
         broadcast_object_list(name)
         folder = Path(task.output_dir) / name[0]
-        problem = [_make(folder, resume, dataset) if self.is_main_process else None]
+        problem = [_make(folder, resume, model, dataset) if self.is_main_process else None]
         broadcast_object_list(problem)
         if problem[0] is not None:
             raise InputError(problem[0])
@@ -143,7 +145,8 @@ class Run:
             return "nothing was written"
         if not self.can_resume:
             return f"{self.folder} is unfinished: the same command with another run_name starts over"
-        flags = f"--output_dir {self.folder.parent} --run_name {self.folder.name} --resume_from_checkpoint true"
+        where = ["--output_dir", str(self.folder.parent), "--run_name", self.folder.name]
+        flags = shlex.join([*where, "--resume_from_checkpoint", "true"])
         saved = [f.name for f in self.folder.glob("checkpoint-*")]
         newest = max(saved, key=lambda name: int(name.rsplit("-", 1)[1])) if saved else "no checkpoint yet"
         kept = ", the kept adapter at its root" if (self.folder / "adapter_model.safetensors").is_file() else ""
@@ -162,6 +165,7 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
         logger.setLevel(logging.DEBUG)
         logger.addHandler(run.early)
         previous = signal.signal(signal.SIGTERM, run.stop)
+        any_letter()
         try:
             with quiet_libraries():
                 main(run, argv)
@@ -204,7 +208,7 @@ def _one_line(error: BaseException) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
 
 
-def _make(folder: Path, resume: bool | None, dataset: Any) -> str | None:
+def _make(folder: Path, resume: bool | None, model: Any, dataset: Any) -> str | None:
     """Make it; what stands in the way, if something does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +220,7 @@ def _make(folder: Path, resume: bool | None, dataset: Any) -> str | None:
     if taken:
         or_resume = "" if resume is None else ", or go on with --resume_from_checkpoint true"
         return f"{folder} exists: choose another run_name{or_resume}"
-    return split_mismatch(folder / RECIPE_FILE, dataset) if resume else None
+    return resume_mismatch(folder / RECIPE_FILE, model, dataset) if resume else None
 
 
 class _LogFile(logging.FileHandler):

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import h2s.run.checkpoints
 from h2s.errors import InputError, RunError
+from h2s.run.resume import write_began_with
 
 
 def checkpoint(folder, processes: int = 1) -> Path:
@@ -31,7 +32,7 @@ def names(folder) -> set[str]:
 
 
 @pytest.fixture
-def goes_on_from(build, monkeypatch):
+def goes_on_from(build, monkeypatch, tmp_path):
     """What Trainer's own `train` is told to go on from."""
     told = []
     monkeypatch.setattr(
@@ -42,6 +43,8 @@ def goes_on_from(build, monkeypatch):
 
     def run(asked, **settings):
         trainer = build(**settings)
+        for folder in tmp_path.rglob("checkpoint-*"):
+            write_began_with(folder, trainer.began_with())
         trainer.train(resume_from_checkpoint=asked)
         return told.pop(), trainer
 

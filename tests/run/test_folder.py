@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 from types import SimpleNamespace
@@ -203,6 +204,13 @@ def test_how_to_go_on(run, start, files, holds):
         f"{folder} holds {holds}: the same command with --output_dir {folder.parent} --run_name first "
         "--resume_from_checkpoint true goes on"
     )
+
+
+def test_how_to_go_on_can_be_pasted_into_a_shell(run, tmp_path):
+    folder = run.start(AdapterArguments(), DatasetArguments(), task(tmp_path / "my outputs", "it's 1"), resume=False)
+    words = shlex.split(run.how_to_go_on().partition("the same command with ")[2])
+    given = ["--output_dir", str(folder.parent), "--run_name", "it's 1", "--resume_from_checkpoint", "true"]
+    assert words == [*given, "goes", "on"]
 
 
 def test_a_recipe_without_checkpoints_starts_over(run, start):

@@ -21,7 +21,6 @@ from h2s.hub import SavedAdapter, write_card
 from h2s.models import load_base_model, load_tokenizer, model_source
 from h2s.prefix.adapter import (
     HARD,
-    SOFT,
     add_hard_prompt,
     fill,
     fill_with_tokens,
@@ -201,9 +200,9 @@ class PrefixTuningPolicyModel(SavedAdapter):
         save_adapter(self.model, self.tokenizer, self.prefix, folder, is_main_process)
 
     def _write_card(self, folder: Path, report: str, source: str) -> None:
-        base = self.model.peft_config[SOFT].base_model_name_or_path
         about, use = describe(self.prefix, source)
-        write_card(folder, "A system prompt as a soft prefix", base, about, report, use, "text-generation", [])
+        title = "A system prompt as a soft prefix"
+        write_card(folder, title, self.base_model, about, report, use, "text-generation", [])
 
     def difference_to_hard_prompt(self) -> float:
         """The largest difference of a logit between the prefix and the hard prompt as text, on an example conversation.

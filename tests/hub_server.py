@@ -127,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
     def repository(self, name: str) -> Repository:
         """One that whoever asks may see; of others nobody learns whether they exist."""
         asks, found = self.asks(), self.server.repositories.get(name)
-        if found is None or (found.private and asks != name.split("/")[0]):
+        if found is None or (found.private and asks != name.split("/", 1)[0]):
             raise Refused(404 if asks else 401, "Repository not found", "RepoNotFound")
         return found
 

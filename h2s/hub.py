@@ -16,6 +16,7 @@ import peft
 import torch
 import transformers
 import trl
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -32,6 +33,7 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 NEEDED = (CONFIG, WEIGHTS, "tokenizer_config.json", "h2s.json", CARD)
 UPLOADED = (*NEEDED, "tokenizer.json", "special_tokens_map.json", "vocab.txt", "chat_template.jinja")
 USE = "\n## Use\n"  # the card's heading; what loads the adapter stands below it, and nowhere else
+BASE = re.compile(r"^Base model: .*$", re.MULTILINE)
 LOADS = re.compile(r'\.from_pretrained\("[^"]*"(, revision="[^"]*")?')
 
 
@@ -228,8 +230,8 @@ def push_folder(
 ) -> str:
     """Upload an adapter as it lies in its folder, in one commit, and nothing else; as [`SavedAdapter.push_to_hub`].
 
-    Two things are written anew on the way, and stay as they are in the folder: the card's example names the
-    repository, and a base model from the Hub's cache goes by its name and commit.
+    On the way, and not in the folder, the configuration and the card are written anew: they name the base model as
+    others load it, and the card's example names the repository.
     """
     check_repository(repo_id)
     for name in NEEDED:
@@ -240,11 +242,14 @@ def push_folder(
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         base, revision_of_base = str(config["base_model_name_or_path"]), config.get("revision")
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"{folder / CONFIG} does not describe an adapter: {in_short(error)}") from error
-    config["base_model_name_or_path"], commit = public_name(base)
-    config["revision"] = commit or revision_of_base
-    about, heading, use = (folder / CARD).read_text(encoding="utf-8").rpartition(USE)
+        card = ModelCard.load(folder / CARD)
+    except (ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{folder} is not an adapter made by h2s: {in_short(error)}") from error
+    base, commit = public_name(base)
+    config |= {"base_model_name_or_path": base, "revision": commit or revision_of_base}
+    card.data.base_model, card.data.base_model_relation = base, "adapter"
+    about, heading, use = card.text.rpartition(USE)
+    about = BASE.sub(lambda _: f"Base model: {base}", about, count=1)
     try:
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -252,12 +257,10 @@ def push_folder(
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
         # Only now is it known what the repository is called: one named without its owner is created under one's own.
         source = f'.from_pretrained("{url.repo_id}"' + ("" if revision is None else f', revision="{revision}"')
-        anew = {CONFIG: json.dumps(config, indent=2), CARD: about + heading + LOADS.sub(lambda _: source, use)}
-        operations = [
-            CommitOperationAdd(name, anew[name].encode() if name in anew else folder / name)
-            for name in UPLOADED
-            if (folder / name).is_file()
-        ]
+        card.text = about + heading + LOADS.sub(lambda _: source, use)
+        anew = {CONFIG: json.dumps(config, indent=2).encode(), CARD: str(card).encode()}
+        files = [name for name in UPLOADED if (folder / name).is_file()]
+        operations = [CommitOperationAdd(name, anew.get(name, folder / name)) for name in files]
         api.create_commit(url.repo_id, operations, commit_message=commit_message, revision=revision)
     except Exception as error:  # of httpx, which huggingface_hub does not wrap, too
         raise PushError(f"not pushed to {repo_id}: {in_short(error)}") from error

@@ -72,7 +72,7 @@ def published(gemma_folder, loud_bert, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def hub(published, monkeypatch):
+def hub(published, monkeypatch, tmp_path_factory):
     """A Hub over HTTP that holds the tiny models; this process is logged in there as `me`."""
     with running_hub() as hub:
         for name, folder in published.items():
@@ -82,7 +82,9 @@ def hub(published, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, hub.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("downloads")))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # else it asks the Hub that it was made for
         monkeypatch.setenv("HF_TOKEN", "hf_of_me")
         yield hub
 

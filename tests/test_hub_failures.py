@@ -1,16 +1,17 @@
 """A push that fails costs nothing, and what would fail is refused before a run begins; over HTTP (`hub_server.py`)."""
 
+import json
 import shlex
 import shutil
 import socket
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from tiny import HARD_PROMPT
 
 from h2s import InputError, PrefixTuningPolicyModel, RewardModel
 from h2s.errors import PushError
-from h2s.hub import check_push
+from h2s.hub import check_push, push_folder
 from h2s.run.arguments import PushArguments
 
 # A push that fails
@@ -179,4 +180,29 @@ def test_push_of_what_is_none(recipes, reward_adapter, hub, tmp_path, capfd):
             recipes["push"].main([str(a) for a in argv])
         (line,) = capfd.readouterr().err.splitlines()
         assert stop.value.code == 2 and line.startswith("error: ") and said in line
+    for name, content in [
+        ("adapter_config.json", "[1]"),
+        ("adapter_config.json", "{"),
+        ("README.md", "---\na: [\n---\n"),
+    ]:
+        broken = shutil.copytree(reward_adapter, tmp_path / "broken", dirs_exist_ok=True)
+        (broken / name).write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match="broken is not an adapter made by h2s: "):
+            push_folder(broken, "me/kind")
     assert not [request for request in hub.requests if request.startswith("POST")]
+
+
+def test_a_base_that_is_named_afterwards_is_named_everywhere(reward_adapter, bert_folder, hub, tmp_path):
+    """As the refusal says to do; the folder stays as it is otherwise."""
+    folder = shutil.copytree(reward_adapter, tmp_path / "likes")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(bert_folder)
+    config["base_model_name_or_path"] = "makers/tiny-bert"
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    push_folder(folder, "me/likes")
+    files = hub.repositories["me/likes"].files()
+    assert json.loads(files["adapter_config.json"]) == config
+    card, before = ModelCard(files["README.md"].decode()), ModelCard.load(folder / "README.md")
+    assert before.data.base_model is None and card.data.base_model == "makers/tiny-bert"
+    expected = before.text.replace(f"Base model: {bert_folder.name}", "Base model: makers/tiny-bert")
+    assert card.text == expected.replace('from_pretrained("reward"', 'from_pretrained("me/likes"')

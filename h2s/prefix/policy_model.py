@@ -148,7 +148,8 @@ class PrefixTuningPolicyModel(SavedAdapter):
         """Load a policy adapter and the model that it was made for.
 
         Args:
-            folder_or_hub_id: an adapter made by `save_pretrained`, `convert_prompt.py` or `train_policy.py`.
+            folder_or_hub_id: an adapter made by `save_pretrained`, `convert_prompt.py` or `train_policy.py`: a folder,
+                or a repository `user/name` or `user/name@revision`.
             revision: of the adapter on the Hub.
             dtype: of the frozen model; `auto` is bfloat16 on CUDA and float32 elsewhere.
             attn_implementation: as transformers names them.

@@ -99,7 +99,7 @@ class RewardModel(SavedAdapter):
         """Load an adapter made by `train_reward.py` or [`RewardModelTrainer`].
 
         Args:
-            folder_or_hub_id: the adapter.
+            folder_or_hub_id: the adapter: a folder, or a repository `user/name` or `user/name@revision`.
             revision: of the adapter on the Hub.
             device: this process's own by default (Accelerate's `PartialState().device`).
             **download: `token` and `cache_dir`, as transformers has them.

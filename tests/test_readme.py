@@ -18,7 +18,12 @@ from h2s.run.recipe import PROTOTYPE_KEYS
 READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md"))]
 README = READMES[0].read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- not run by a test[^:\n]*: [^\n]+ -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
-RUN = {"From Python": ["python"] * 3, "Using an adapter": ["python", "bash"], "Coming from": ["bash", "python"]}
+RUN = {
+    "From Python": ["python"] * 3,
+    "The Hub": ["bash"],
+    "Using an adapter": ["python", "bash"],
+    "Coming from": ["bash", "python"],
+}
 REWARD_COMMAND = "python recipes/train_reward.py --config recipes/embedded/reward.yaml"
 
 
@@ -111,6 +116,19 @@ def test_using_an_adapter(checkout, gemma_folder, recipes, capsys):
     run_commands(recipes, command, "--max_completion_length", "4", "--seed", "1")
     first = capsys.readouterr().out
     assert first.strip()
+
+
+def test_the_hub(checkout, hub, published, recipes, capsys):
+    """As it stands, but for who `user` is, and a base that is small."""
+    (commands,) = blocks("The Hub")
+    commands = commands.replace("user/", "me/").replace("google/gemma-3-1b-it", str(published["makers/tiny-gemma"]))
+    convert, push, generate = commands.splitlines()
+    run_commands(recipes, convert)
+    run_commands(recipes, push)
+    assert hub.repositories["me/kind"].private
+    assert capsys.readouterr().out.count(f"pushed to {hub.url}/me/kind\n") == 2
+    run_commands(recipes, generate, "--max_completion_length", "4", "--seed", "1")
+    assert capsys.readouterr().out.strip()
 
 
 def test_coming_from_the_prototype(checkout, gemma_folder, bert_folder, recipes, capsys):

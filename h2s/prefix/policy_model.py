@@ -21,7 +21,6 @@ from h2s.hub import SavedAdapter, write_card
 from h2s.models import load_base_model, load_tokenizer, model_source
 from h2s.prefix.adapter import (
     HARD,
-    SOFT,
     add_hard_prompt,
     fill,
     fill_with_tokens,
@@ -149,7 +148,8 @@ class PrefixTuningPolicyModel(SavedAdapter):
         """Load a policy adapter and the model that it was made for.
 
         Args:
-            folder_or_hub_id: an adapter made by `save_pretrained`, `convert_prompt.py` or `train_policy.py`.
+            folder_or_hub_id: an adapter made by `save_pretrained`, `convert_prompt.py` or `train_policy.py`: a folder,
+                or a repository `user/name` or `user/name@revision`.
             revision: of the adapter on the Hub.
             dtype: of the frozen model; `auto` is bfloat16 on CUDA and float32 elsewhere.
             attn_implementation: as transformers names them.
@@ -201,9 +201,9 @@ class PrefixTuningPolicyModel(SavedAdapter):
         save_adapter(self.model, self.tokenizer, self.prefix, folder, is_main_process)
 
     def _write_card(self, folder: Path, report: str, source: str) -> None:
-        base = self.model.peft_config[SOFT].base_model_name_or_path
         about, use = describe(self.prefix, source)
-        write_card(folder, "A system prompt as a soft prefix", base, about, report, use, "text-generation", [])
+        title = "A system prompt as a soft prefix"
+        write_card(folder, title, self.base_model, about, report, use, "text-generation", [])
 
     def difference_to_hard_prompt(self) -> float:
         """The largest difference of a logit between the prefix and the hard prompt as text, on an example conversation.

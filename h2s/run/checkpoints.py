@@ -25,7 +25,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHE
 from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
 
 from h2s.errors import InputError, RunError
-from h2s.hub import SavedAdapter
+from h2s.hub import SavedAdapter, check_push, push_folders
 from h2s.run.callbacks import OwnPace
 from h2s.run.resume import BEGAN_WITH, check_began_with, rows_in_short, settings_to_keep, write_began_with
 from h2s.run.terminal import OneLinePerLog
@@ -80,8 +80,12 @@ class WholeCheckpoints(Trainer):
 
         Raises:
             InputError: there is no such checkpoint, another number of processes wrote it, it is not whole, it
-                lies beyond this run's last step, or this run has not what it began with.
+                lies beyond this run's last step, or this run has not what it began with; or what is to be pushed
+                cannot be.
+            PushError: the Hub does not take the adapter, which is saved in `args.output_dir`.
         """
+        if self.pushes_at_end:
+            check_push(self.args, self.adapter.base_model, Path(self.args.output_dir).name)
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -198,24 +202,27 @@ class WholeCheckpoints(Trainer):
         revision: str | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """Upload adapter, tokenizer, `h2s.json` and a card with `report`, and nothing else of the run.
+        """Save the adapter and a card with `report` in `args.output_dir`, and upload that and nothing else of the run.
 
-        It always waits for the upload; what TRL's scripts hand over for TRL's card (`dataset_name`) is not used.
+        Every process calls it, as Trainer's own, and the main one pushes. It always waits for the upload; what TRL's
+        scripts hand over for TRL's card (`dataset_name`) is not used.
 
         Returns:
             The repository's URL; None on processes that do not push.
+
+        Raises:
+            InputError: the base model is a folder of this machine, so nobody else could load the adapter.
+            PushError: the Hub does not take it.
         """
-        args = self.args
+        settings = copy.copy(self.args)
+        settings.hub_token, settings.hub_revision = token or settings.hub_token, revision or settings.hub_revision
+        folder = Path(settings.output_dir)
+        self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        return self.adapter.push_to_hub(
-            args.hub_model_id or Path(args.output_dir).name,
-            report,
-            private=args.hub_private_repo,
-            token=token or args.hub_token,
-            revision=revision or args.hub_revision,
-            commit_message=commit_message,
-        )
+        self.adapter.write_card(folder, report)
+        (url,) = push_folders({folder: settings.hub_model_id or folder.name}, settings, commit_message)
+        return url
 
     def create_model_card(self, **kwargs: Any) -> None:
         """Write h2s's card to `args.output_dir`, without TRL's arguments for its own."""

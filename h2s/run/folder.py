@@ -21,7 +21,8 @@ from accelerate.utils import broadcast_object_list, gather
 from torch import distributed
 from transformers import TrainerCallback
 
-from h2s.errors import InputError, RunError, Terminated
+from h2s.errors import InputError, PushError, RunError, Terminated
+from h2s.hub import check_push, push_folders
 from h2s.run.recipe import RECIPE_FILE, resume_mismatch, write_recipe
 from h2s.run.terminal import TerminalHandler, above_bars, any_letter, quiet_libraries
 
@@ -63,6 +64,7 @@ class Run:
         self.folder: Path | None = None
         self.can_resume = False
         self.stop = StopRequest()
+        self.pushed: list[str] = []  # subfolders whose adapters go to the Hub; "" is the folder itself
         # What is said of files before there is a folder: it goes to the log once there is.
         self.early = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
 
@@ -100,6 +102,31 @@ class Run:
         if self.is_main_process:
             write_recipe(folder / RECIPE_FILE, model, dataset, task, **defaults)
         return folder
+
+    def check_push(self, task: Any, base: str, *subfolders: str) -> None:
+        """Check before anything loads what a push at the end would fail on, if `task` asks for one.
+
+        Args:
+            task: the recipe's section `task`.
+            base: the base model's folder or Hub name.
+            *subfolders: of the run's folder, each with an adapter that goes to `<repository>-<subfolder>`.
+
+        Raises:
+            InputError: as `h2s.hub.check_push`.
+        """
+        if task.push_to_hub:
+            self.pushed = ["", *subfolders]
+            check_push(task, base, task.run_name, [part and f"-{part}" for part in self.pushed])
+
+    def push(self, task: Any) -> None:
+        """Push what `check_push` was told of, now that all is saved and reported.
+
+        Raises:
+            PushError: the Hub does not take it.
+        """
+        assert self.folder is not None
+        name = task.hub_model_id or self.folder.name
+        push_folders({self.folder / part: f"{name}-{part}" if part else name for part in self.pushed}, task)
 
     def callbacks(self) -> list[TrainerCallback]:
         """What a trainer does for its run: a readable log, and a checkpoint before it stops."""
@@ -188,6 +215,10 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
         except Terminated:
             run.say(f"ended by SIGTERM; {run.how_to_go_on()}")
             sys.exit(143)
+        except PushError as error:  # it is the last that a run does, and says how to repeat it
+            logger.debug("", exc_info=True, extra={"file_only": True})
+            run.say(f"error: {_one_line(error)}")
+            sys.exit(1)
         except Exception as error:
             if run.folder is None:
                 raise

@@ -103,22 +103,50 @@ def parse_recipe(
     config = parser.parse_known_args(argv)[0].config
     if config is not None:
         parser.set_defaults(**_read_settings(Path(config).expanduser(), fields, parser))
+    *sections, _ = _parse_flags(parser, argv, fields)
+    return tuple(sections)
+
+
+def parse_command(settings: type, argv: list[str] | None = None, **positional: str) -> tuple[Any, ...]:
+    """Read the command line of what is no recipe: no YAML, no sections.
+
+    Args:
+        settings: dataclass of the flags.
+        argv: the command line without the program; `sys.argv` by default.
+        **positional: what stands there without a flag: its name and its help.
+
+    Returns:
+        An instance of `settings`, and the positional values in order.
+
+    Raises:
+        InputError: an unknown flag, a wrong type, or a positional value is missing.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser([settings], allow_abbrev=False)
+    for name, help_text in positional.items():
+        parser.add_argument(name, help=help_text)
+    parsed, rest = _parse_flags(parser, argv, [f.name for f in dataclasses.fields(settings)])
+    return parsed, *(getattr(rest, name) for name in positional)
+
+
+def _parse_flags(parser: _Parser, argv: list[str], known: Iterable[str]) -> list[Any]:
+    """An instance of each of the parser's dataclasses, and a namespace of what belongs to none."""
     try:
         # No .args file: one beside the recipe would set flags unseen.
-        *sections, _, unknown = parser.parse_args_into_dataclasses(
+        *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except InputError:
         raise
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(in_short(error)) from error
-    for values in sections:
+    for values in parsed:
         for name in (*INPUT_PATHS, *OTHER_PATHS):
             if hasattr(values, name):
                 setattr(values, name, _at_home(getattr(values, name)))
     if unknown:
-        raise InputError(f"unknown flag {unknown[0]}{_nearest(unknown[0].lstrip('-'), fields, '--')}")
-    return tuple(sections)
+        raise InputError(f"unknown flag {unknown[0]}{_nearest(unknown[0].lstrip('-'), known, '--')}")
+    return parsed
 
 
 def _nearest(key: str, keys: Iterable[str], dashes: str = "") -> str:

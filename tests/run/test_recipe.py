@@ -16,12 +16,13 @@ from h2s.run.arguments import (
     GenerateArguments,
     HardPromptArguments,
     PolicyModelArguments,
+    PushArguments,
     QuestionArguments,
     RewardDatasetArguments,
     RewardModelArguments,
     RunArguments,
 )
-from h2s.run.recipe import parse_recipe, resume_mismatch, write_recipe
+from h2s.run.recipe import parse_command, parse_recipe, resume_mismatch, write_recipe
 
 POLICY = (PolicyModelArguments, DatasetArguments, SingleStepPPOConfig)
 REWARD = (RewardModelArguments, RewardDatasetArguments, TaskArguments)
@@ -448,3 +449,26 @@ def test_a_kill_leaves_a_whole_recipe(tmp_path, monkeypatch):
     with pytest.raises(pytest.fail.Exception):
         write_recipe(file, *parse_recipe(*COMPARE, ["--top_k", "6"]))
     assert yaml.safe_load(file.read_text(encoding="utf-8"))["task"] == {"top_k": 5}
+
+
+# A command that is no recipe
+
+
+def test_a_command_is_flags_and_what_stands_without_one():
+    settings, folder = parse_command(PushArguments, ["--hub_private_repo", "true", "out put"], folder="A folder.")
+    assert (settings, folder) == (PushArguments(hub_private_repo=True), "out put")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "the following arguments are required: folder"),
+        (["a", "--hub_model", "b"], "unknown flag --hub_model; did you mean --hub_model_id?"),
+        (["a", "--hub_private_repo", "many"], "many"),
+        (["a", "b"], "unknown flag b"),
+    ],
+)
+def test_a_command_that_is_none(flags, said):
+    with pytest.raises(InputError) as refusal:
+        parse_command(PushArguments, flags, folder="A folder.")
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)

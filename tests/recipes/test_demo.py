@@ -33,14 +33,12 @@ def run(notebook, folder, threads):
     (folder / "sample_data").symlink_to(ROOT / "recipes" / "sample_data")
     there = set(NOTEBOOK.parent.iterdir())
     notebook.cells.append(new_code_cell(FOUND))
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}})
     client.execute(env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)})
     assert set(NOTEBOOK.parent.iterdir()) == there
     assert (folder / "outputs" / "demo" / "adapter_model.safetensors").is_file()
-    (plot,) = [
-        o for cell in notebook.cells if cell.id == "moved" for o in cell.outputs if "image/png" in o.get("data", {})
-    ]
-    assert plot
+    (moved,) = [cell for cell in notebook.cells if cell.id == "moved"]
+    assert ["image/png" in output.get("data", {}) for output in moved.outputs] == [True]
     found = json.loads(notebook.cells[-1].outputs[0]["text"])
     assert found["before"]["soft"] == found["before"]["hard"] == found["after"]["hard"]
     assert len(found["kl"]) == len(found["reward"]) == 4 and found["kl"][0] == 0 and found["kl"][3] != 0
@@ -55,9 +53,8 @@ def test_it_is_kept_clean():
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(code) > 5 and all(cell.outputs == [] and cell.execution_count is None for cell in code)
     assert all(cell.metadata == {} for cell in notebook.cells)
-    assert (
-        notebook.metadata.keys() == {"kernelspec", "language_info"} and notebook.metadata.kernelspec.name == "python3"
-    )
+    assert notebook.metadata.keys() == {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3"
 
 
 def test_it_uses_the_public_names_alone():

@@ -1,7 +1,7 @@
 """h2s: hard prompt to soft prompt.
 
 A hand-written system prompt becomes a soft prefix that starts out exactly equal to it (PEFT prefix tuning), and then
-moves only that prefix toward what people preferred (a BERT reward model, single-step PPO).
+moves only that prefix toward what people preferred (a reward model of their judgements, single-step PPO).
 """
 
 from h2s.data.datasets import load_contexts, load_preferences

@@ -1,4 +1,4 @@
-"""Stage 1: learn the judgements of a sheet as a BERT + prefix reward model.
+"""Stage 1: learn the judgements of a sheet as a reward model, an encoder with a prefix.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train_reward.py \
         --config recipes/embedded/reward.yaml

@@ -1,4 +1,4 @@
-"""Tiny random models with the shapes that matter: Gemma 3's sliding and full layers, a BERT, chat templates, data."""
+"""Tiny random models with the shapes that matter: Gemma 3's sliding and full layers, encoders, chat templates, data."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,17 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
+    ElectraConfig,
+    ElectraForSequenceClassification,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaTokenizer,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaTokenizer,
 )
 
 from h2s.models import load_tokenizer
@@ -96,17 +104,45 @@ def save_gemma(folder: Path, extra: int = 0, positions: int = 1024) -> Path:
     return folder
 
 
-def save_bert(folder: Path) -> Path:
-    characters = sorted(
-        {c for text in CORPUS for c in text if not c.isspace()} | set("abcdefghijklmnopqrstuvwxyz.?!'0123456789")
-    )
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *characters, *(f"##{c}" for c in characters)]
+CHARACTERS = sorted(
+    {c for text in CORPUS for c in text if not c.isspace()} | set("abcdefghijklmnopqrstuvwxyz.?!'0123456789")
+)
+
+
+def bert_tokenizer() -> BertTokenizerFast:
+    """WordPiece: each of `WORDS` is one token, all else its characters."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
     core = Tokenizer(models.WordPiece({w: i for i, w in enumerate(dict.fromkeys(vocabulary))}, unk_token="[UNK]"))
     core.normalizer = normalizers.BertNormalizer(lowercase=True)
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer = BertTokenizerFast(tokenizer_object=core)
+    return BertTokenizerFast(tokenizer_object=core)
+
+
+def roberta_tokenizer() -> RobertaTokenizer:
+    """Byte-level BPE with RoBERTa's special tokens in their places."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([*CORPUS, *(f" {word} {word}" for word in WORDS)], trainer)
+    bpe = json.loads(core.to_str())["model"]
+    return RobertaTokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
+
+
+def xlm_roberta_tokenizer() -> XLMRobertaTokenizer:
+    """Unigram with XLM-R's special tokens in their places; each of `WORDS` is one token."""
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -2.0) for word in WORDS)]
+    return XLMRobertaTokenizer(vocab=[*pieces, *((c, -5.0) for c in ["▁", *CHARACTERS]), ("<mask>", 0.0)])
+
+
+def save_encoder(folder: Path, model_class: type, config_class: type, tokenizer, **settings) -> Path:
+    """An encoder of two layers and 128 positions."""
     torch.manual_seed(0)
-    config = BertConfig(
+    config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
@@ -114,10 +150,34 @@ def save_bert(folder: Path) -> Path:
         intermediate_size=48,
         max_position_embeddings=128,
         num_labels=1,
+        **settings,
     )
-    BertForSequenceClassification(config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_bert(folder: Path) -> Path:
+    return save_encoder(folder, BertForSequenceClassification, BertConfig, bert_tokenizer())
+
+
+# The families beside BERT, with weights ten times as large as they begin: else a tiny encoder makes nearly the same of
+# every text.
+ENCODERS = {
+    "electra": (ElectraForSequenceClassification, ElectraConfig, bert_tokenizer, {"embedding_size": 16}),
+    "roberta": (RobertaForSequenceClassification, RobertaConfig, roberta_tokenizer, {"type_vocab_size": 1}),
+    "xlm-roberta": (
+        XLMRobertaForSequenceClassification,
+        XLMRobertaConfig,
+        xlm_roberta_tokenizer,
+        {"type_vocab_size": 1},
+    ),
+}
+
+
+def save_loud_encoder(folder: Path, family: str) -> Path:
+    model_class, config_class, tokenizer, settings = ENCODERS[family]
+    return save_encoder(folder, model_class, config_class, tokenizer(), initializer_range=0.2, **settings)
 
 
 def sample_context(i: int) -> list[dict[str, str]]:

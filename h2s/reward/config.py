@@ -43,8 +43,8 @@ class RewardModelConfig(RewardConfig):
     Differing from TRL's: `output_dir` outputs, `learning_rate` 3e-2 (a prefix; 1e-4 is for LoRA), `num_train_epochs` 5,
     `per_device_train_batch_size` 16, `per_device_eval_batch_size` 64, `save_strategy` epoch, `metric_for_best_model`
     loss (a small part's accuracy is mostly chance) with `greater_is_better` False, `save_total_limit` 1, `report_to`
-    tensorboard, `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix on BERT silently loses its
-    gradient under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the
+    tensorboard, `logging_nan_inf_filter` False, `gradient_checkpointing` refused (a prefix silently loses its gradient
+    under it), `bf16` only on CUDA, `use_cpu` where there is no CUDA, `remove_unused_columns` False (the
     collator needs the token types), `max_length` None (it would drop long rows; they are cut before),
     `resume_from_checkpoint` a bool. Refused by name: what has no effect or cannot work here
     (`train_sampling_strategy`, say: the pairs of a conversation come one after the other).

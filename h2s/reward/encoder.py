@@ -1,4 +1,4 @@
-"""The encoder that becomes a reward model: a BERT, the room beside its prefix, and what of it is trained."""
+"""The encoder that becomes a reward model: its family, the room beside its prefix, and what of it is trained."""
 
 import copy
 from collections.abc import Iterator
@@ -6,13 +6,44 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    ElectraForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
+)
 from transformers import logging as transformers_logging
 
 from h2s.errors import InputError, in_short
 from h2s.models import LOADING_ERRORS, load_config, load_tokenizer, model_source
 from h2s.prefix.adapter import soft_prefix
 
+# What was shown to learn with a prefix; others may run and be wrong.
+ENCODERS = (
+    BertForSequenceClassification,
+    ElectraForSequenceClassification,
+    RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
+)
+FAMILIES = "BERT, ELECTRA, RoBERTa or XLM-R"
+# The ones that a prefix cannot reach: their layers take no keys and values but their own.
+NO_PAST = (
+    "albert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "eurobert",
+    "longformer",
+    "modernbert",
+    "mpnet",
+    "nomic_bert",
+)
+# Their positions are counted from the one after padding's id: of 514 a text can take 512.
+COUNTED_FROM_PADDING = ("roberta", "xlm-roberta")
 # Keys near zero: the prefix begins as a faint, even share of the attention instead of random loud tokens.
 PREFIX_INIT_STD = 0.1
 
@@ -55,25 +86,35 @@ def max_text_tokens(
     Raises:
         InputError: `max_tokens` is more than fits, or too few to hold any text.
     """
-    room = config.max_position_embeddings - num_virtual_tokens
+    positions = config.max_position_embeddings
+    if config.model_type in COUNTED_FROM_PADDING:
+        positions -= config.pad_token_id + 1
+    room = positions - num_virtual_tokens
     fewest = tokenizer.num_special_tokens_to_add(pair=True) + 2
     limit = room if max_tokens is None else max_tokens
     if not fewest <= limit <= room:
         raise InputError(
-            f"max_tokens must lie between {fewest} and {room} ({config.max_position_embeddings} positions "
+            f"max_tokens must lie between {fewest} and {room} ({positions} positions "
             f"minus {num_virtual_tokens} virtual tokens), got {limit}"
         )
     return limit
 
 
 def check_encoder(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Check that a reward model's encoder is a BERT: absolute positions, [CLS] and [SEP].
+    """Check that a reward model's encoder is of a family that was shown: absolute positions, [CLS] and [SEP].
 
     Raises:
         InputError: it is something else.
     """
-    if config.model_type != "bert" or tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
-        raise InputError(f"{source} is a {config.model_type} model: the reward model must be a BERT")
+    kind = config.model_type
+    if kind not in [encoder.config_class.model_type for encoder in ENCODERS]:
+        why = ", which takes no past key values (so PEFT gives a prefix)" if kind in NO_PAST else ""
+        raise InputError(f"{source} is a {kind} model{why}: the reward model must be a {FAMILIES}")
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise InputError(f"the tokenizer of {source} lacks a cls_token or a sep_token: take the encoder's own")
+    if kind in COUNTED_FROM_PADDING and tokenizer.pad_token_id != config.pad_token_id:
+        ids = f"{tokenizer.pad_token_id} to its tokenizer and {config.pad_token_id} to its configuration"
+        raise InputError(f"the padding of {source} is {ids}: a {kind} model counts its positions from it")
 
 
 def load_encoder(source: str) -> PreTrainedModel:
@@ -95,13 +136,14 @@ def load_encoder(source: str) -> PreTrainedModel:
 def add_reward_prefix(base: PreTrainedModel, config: PrefixTuningConfig) -> PeftModel:
     """Wrap an encoder with a random trainable prefix; else only pooler, head and the last layer's query are trained."""
     config = copy.copy(config)
-    # The pooler stands between [CLS] and the head; the one an encoder comes with was trained for something else.
+    # BERT's pooler stands between [CLS] and the head; the one it comes with was trained for something else. The others
+    # have such a layer within their head, which PEFT trains anyway.
     query = f"encoder.layer.{base.config.num_hidden_layers - 1}.attention.self.query"
     config.modules_to_save = ["pooler", query]
     model = get_peft_model(base, config)
     with torch.no_grad():
         soft_prefix(model).mul_(PREFIX_INIT_STD)  # PEFT draws it with a standard deviation of 1
         # With a query of zero [CLS] attends to all tokens alike: it begins as their mean, and learns where to look.
-        for parameter in model.get_submodule(f"base_model.bert.{query}").modules_to_save.parameters():
+        for parameter in base.base_model.get_submodule(query).modules_to_save.parameters():
             parameter.zero_()
     return model

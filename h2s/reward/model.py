@@ -1,4 +1,4 @@
-"""A reward model: a BERT cross-encoder with a soft prefix that scores (context, response) pairs.
+"""A reward model: a cross-encoder (BERT or its like) with a soft prefix that scores (context, response) pairs.
 
 Trained by TRL's `RewardTrainer` with the pairwise logistic loss of Bradley and Terry on better minus worse.
 """

@@ -1,6 +1,7 @@
-"""Judgements as an encoder's tokens: `[CLS] context [SEP] response [SEP]`, and what it cannot read or tell apart.
+"""Judgements as an encoder's tokens: its own encoding of a pair, and what it cannot read or tell apart.
 
-The context is its messages' contents joined by newlines.
+BERT's is `[CLS] context [SEP] response [SEP]`, RoBERTa's and XLM-R's `<s> context </s></s> response </s>`. The
+context is its messages' contents joined by newlines.
 """
 
 import logging
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Of what an encoder cannot read or tell apart: with more than this share nothing is learnt.
 NEARLY_ALL = 0.9
+# The columns of a pair's two sides: TRL's for the tokens, ours for the types, where the tokenizer gives some.
+COLUMNS = {"input_ids": "ids", "token_type_ids": "type_ids"}
 
 
 def context_text(context: str | Messages) -> str:
@@ -35,17 +38,24 @@ def reply_text(reply: str | Messages) -> str:
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, context: str, response: str, max_tokens: int, cuts: Counter | None = None
 ) -> BatchEncoding:
-    """The tokenizer's own encoding of a pair, `[CLS] context [SEP] response [SEP]`, in at most `max_tokens` tokens.
+    """The tokenizer's own encoding of a pair, as `[CLS] context [SEP] response [SEP]`, in at most `max_tokens` tokens.
 
     When too long the context is cut from its beginning, and only then the response from its end; `cuts` counts both
-    under "context" and "response". Special tokens spelled out in a text stay text.
+    under "context" and "response". Special tokens spelled out in a text stay text, or are unknown where the vocabulary
+    has no other word for them.
 
     Returns:
-        `input_ids`, `token_type_ids` (0 up to the first [SEP], 1 after it) and `attention_mask`, lists of one length.
+        What the tokenizer returns, lists of one length: `input_ids`, `attention_mask`, and of a BERT or ELECTRA
+        `token_type_ids` (0 up to the first [SEP], 1 after it).
     """
     # Not cut by the tokenizer: it would keep the side and the length, and save them as its own.
     whole = tokenizer(context, response, split_special_tokens=True, verbose=False)
     sides = whole.sequence_ids()  # 0, 1, or None of a special token
+    # A Unigram vocabulary (XLM-R's) finds its special tokens in a text too, whatever it is told.
+    special, unknown = set(tokenizer.all_special_ids), tokenizer.unk_token_id
+    whole["input_ids"] = [
+        unknown if side is not None and i in special else i for i, side in zip(whole["input_ids"], sides, strict=True)
+    ]
     of_context, of_response = ([i for i, s in enumerate(sides) if s == side] for side in (0, 1))
     over = max(len(sides) - max_tokens, 0)
     over_response = max(over - len(of_context), 0)
@@ -70,7 +80,7 @@ def tokenize_preferences(
         cut: Counter[str] = Counter()
         for side in ("chosen", "rejected"):
             pair = encode_pair(tokenizer, text, reply_text(row[side]), max_tokens, cut)
-            encoded |= {f"{side}_ids": pair["input_ids"], f"{side}_type_ids": pair["token_type_ids"]}
+            encoded |= {f"{side}_{column}": pair[name] for name, column in COLUMNS.items() if name in pair}
         cuts["context"] += cut["context"] > 0
         cuts["response"] += cut["response"]
         rows.append(encoded)
@@ -123,9 +133,13 @@ class PreferenceCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchEncoding:
         """M padded texts from N pairs, and `pairs`, shape (N, 2): which of them are a pair's chosen and rejected."""
-        pairs = [[(tuple(r[f"{s}_ids"]), tuple(r[f"{s}_type_ids"])) for s in ("chosen", "rejected")] for r in rows]
+        names = [name for name, column in COLUMNS.items() if f"chosen_{column}" in rows[0]]
+        pairs = [
+            [tuple(tuple(row[f"{side}_{COLUMNS[name]}"]) for name in names) for side in ("chosen", "rejected")]
+            for row in rows
+        ]
         places = {text: place for place, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
-        features = [{"input_ids": list(ids), "token_type_ids": list(types)} for ids, types in places]
+        features = [{name: list(values) for name, values in zip(names, text, strict=True)} for text in places]
         # First, since Trainer takes the batch's size from what comes first: it shall count pairs.
         indices = {"pairs": torch.tensor([[places[text] for text in pair] for pair in pairs])}
         return BatchEncoding(indices | self.tokenizer.pad(features, return_tensors="pt").data)

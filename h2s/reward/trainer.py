@@ -11,13 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig, TaskType
 from torch.utils.data import DataLoader, Sampler
-from transformers import (
-    BertForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import RewardTrainer
 
 from h2s.data.splits import conversations_in
@@ -25,7 +19,15 @@ from h2s.errors import InputError, RunError
 from h2s.models import load_tokenizer
 from h2s.prefix.adapter import SOFT, load_weights, soft_prefix
 from h2s.reward.config import RewardModelConfig
-from h2s.reward.encoder import add_reward_prefix, check_encoder, load_encoder, max_text_tokens, open_encoder
+from h2s.reward.encoder import (
+    ENCODERS,
+    FAMILIES,
+    add_reward_prefix,
+    check_encoder,
+    load_encoder,
+    max_text_tokens,
+    open_encoder,
+)
 from h2s.reward.model import RewardModel
 from h2s.reward.pairs import PreferenceCollator, readable_pairs, tokenize_preferences
 from h2s.run.callbacks import LogBeforeSaving
@@ -103,7 +105,8 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
     ```
 
     Args:
-        model: a BERT: a folder, a Hub name, `embedded:minilm`, or one with a scalar head that is loaded already.
+        model: a BERT, ELECTRA, RoBERTa or XLM-R: a folder, a Hub name, `embedded:minilm`, or one with a scalar head
+            that is loaded already.
         args: the settings; `RewardModelConfig()` by default.
         train_dataset: judgements with `prompt`, `chosen` and `rejected`, as `load_preferences` gives them.
         eval_dataset: the same, held out; needed where `eval_strategy` is not "no".
@@ -112,7 +115,7 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         callbacks: further Trainer callbacks.
 
     Raises:
-        InputError: the model is no BERT, the adapter no prefix, or `max_tokens` does not fit.
+        InputError: the model is none of these, the adapter no prefix, or `max_tokens` does not fit.
     """
 
     learnt_from = ("chosen_ids", "rejected_ids")
@@ -141,9 +144,11 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
                 raise InputError("processing_class is for a model that is loaded already: leave it out")
             source, tokenizer, max_tokens = open_encoder(str(model), virtual, args.max_tokens)
         else:
-            if not isinstance(model, BertForSequenceClassification) or model.config.num_labels != 1:
+            if not isinstance(model, ENCODERS) or model.config.num_labels != 1:
                 got = type(model).__name__
-                raise InputError(f"model must be a name or a BertForSequenceClassification of one label, got a {got}")
+                raise InputError(
+                    f"model must be a name, or a {FAMILIES} for sequence classification with one label, got a {got}"
+                )
             source, tokenizer = model, processing_class or load_tokenizer(model.name_or_path)
             check_encoder(model.config, tokenizer, model.name_or_path)
             max_tokens = max_text_tokens(model.config, tokenizer, virtual, args.max_tokens)

@@ -97,7 +97,9 @@ class PolicyModelArguments(HardPromptArguments):
 class RewardModelArguments(Section):
     """The encoder that learns the judgements."""
 
-    reward_model_name_or_path: str | None = _setting("A BERT: a folder, a Hub name or embedded:minilm.")
+    reward_model_name_or_path: str | None = _setting(
+        "A BERT, ELECTRA, RoBERTa or XLM-R: a folder, a Hub name or embedded:minilm."
+    )
     num_virtual_tokens: int = _setting("Length of its soft prefix.", 20)
     max_tokens: int | None = _setting("Text tokens; positions minus virtual tokens.")
 

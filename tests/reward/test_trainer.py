@@ -157,7 +157,9 @@ def test_what_is_no_bert_is_refused(build, gemma_folder, loud_bert):
         build(model=str(gemma_folder))
     bert = BertForSequenceClassification.from_pretrained(loud_bert, num_labels=2, ignore_mismatched_sizes=True)
     for model in (load_base_model(str(gemma_folder)), bert, bert.bert, build().reward_model.model):
-        with pytest.raises(InputError, match=f"must be a name or a BertForSeq.*, got a {type(model).__name__}"):
+        with pytest.raises(
+            InputError, match=f"must be a name, or a BERT, .* with one label, got a {type(model).__name__}"
+        ):
             build(model=model)
 
 

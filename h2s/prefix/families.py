@@ -32,9 +32,9 @@ def check_family(config: PretrainedConfig) -> None:
         )
     if config.model_type not in SHOWN:
         logger.warning(
-            "h2s was not run on %s models (but on %s): convert_prompt.py measures whether the prefix equals the prompt",
-            config.model_type,
+            "h2s was shown on %s, not on %s models: convert_prompt.py measures whether the prefix equals the prompt",
             ", ".join(SHOWN),
+            config.model_type,
         )
 
 

@@ -1,6 +1,7 @@
 """Each family from conversion to plain PEFT, row by row beside the hard prompt as text; what is refused, and why."""
 
-import logging
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,16 +9,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset
-from families import FAMILIES, MISTRAL_01_TEMPLATE, MISTRAL_03_TEMPLATE, save_family
+from families import FAMILIES, MISTRAL_01_TEMPLATE, MISTRAL_03_TEMPLATE, SIZES, save_family
 from ppo.runs import logged, varied
 from safetensors.torch import load_file
 from tiny import HARD_PROMPT, WINDOW
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 from h2s import InputError, PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer
 from h2s.prefix.adapter import prefix_from_hard_prompt, soft_prefix
 from h2s.prefix.families import SHOWN, check_family
-from h2s.prefix.generation import Batch, Sampling
+from h2s.prefix.generation import Batch, Sampling, completion_logps, generate
 
 NEW = 10
 SAID = [
@@ -149,7 +150,10 @@ def trained(families, tmp_path_factory):
             target_kl=None, scale_rewards=False, value_warmup_batches=0,
         )  # fmt: skip
         trainer = SingleStepPPOTrainer(
-            model=family.converted, reward_funcs=varied, args=args, train_dataset=Dataset.from_dict({"prompt": CONTEXTS})
+            model=family.converted,
+            reward_funcs=varied,
+            args=args,
+            train_dataset=Dataset.from_dict({"prompt": CONTEXTS}),
         )
         trainer.train()
         trainer.policy.save_pretrained(out / "adapter")
@@ -170,8 +174,6 @@ def test_the_first_iteration_begins_at_the_hard_prompt_and_moves_the_prefix(fami
 
 
 def test_plain_peft_loads_what_was_converted_and_what_was_trained(families, trained, tmp_path):
-    import json
-
     folders = [f for name in FAMILIES for f in (families[name].converted, trained[name][1])]
     command = [sys.executable, "-c", PLAIN_PEFT, str(tmp_path / "logits"), json.dumps(CONTEXTS[3]), *folders]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -191,3 +193,150 @@ def test_plain_peft_loads_what_was_converted_and_what_was_trained(families, trai
             soft = trainer.policy.model(torch.tensor([prompt])).logits[0]
         torch.testing.assert_close(found[folder], soft, rtol=0, atol=1e-4 * soft.abs().max().item())
         assert (soft - expected).abs().max() > 1e-3, name
+
+
+# Chat templates
+
+
+def convert(folder, **settings):
+    return PrefixTuningPolicyModel.from_hard_prompt(str(folder), HARD_PROMPT, dtype="float32", **settings)
+
+
+def test_llamas_template_prints_the_day_unless_it_is_given_one(families, no_model):
+    folder = families["llama"].base.name_or_path
+    with pytest.raises(InputError, match=r"prints the date.* chat_template_kwargs \(date_string"):
+        convert(folder)
+    assert "Today Date: 26 Jul 2024" in families["llama"].policy.prefix.text
+
+
+def test_qwens_setting_stands_in_every_prompt(families):
+    qwen = families["qwen3"].policy
+    assert all(qwen.tokenizer.decode(ids).endswith("<think>\n\n</think>\n\n") for ids in qwen.encode(CONTEXTS, 1))
+    thinking = convert(families["qwen3"].base.name_or_path)
+    assert not any("<think>" in thinking.tokenizer.decode(ids) for ids in thinking.encode(CONTEXTS, 1))
+
+
+def test_mistrals_first_template_has_no_system_message(tmp_path, no_model):
+    with pytest.raises(InputError, match="refuses the messages: Conversation roles must alternate"):
+        convert(save_family("mistral", tmp_path, MISTRAL_01_TEMPLATE))
+
+
+def test_mistrals_third_template_takes_one_turn_alone(tmp_path, caplog):
+    """It prints the system message in the last turn: a longer conversation is refused, not garbled."""
+    policy = convert(save_family("mistral", tmp_path, MISTRAL_03_TEMPLATE))
+    assert "only conversations of one turn can be answered" in caplog.text
+    base, stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    family = Shown("mistral", policy, base, stock, "")
+    for context in (CONTEXTS[0], CONTEXTS[3]):
+        (prompt,) = policy.encode([context], 1)
+        assert policy.prefix.token_ids + prompt == family.whole(context)
+        expected = family.logits(family.whole(context), len(prompt))
+        with torch.no_grad():
+            soft = policy.model(torch.tensor([prompt])).logits[0]
+        assert (soft - expected).abs().max() < 1e-4 * expected.abs().max()
+    for context in (CONTEXTS[1], CONTEXTS[4]):
+        with pytest.raises(InputError, match=r"context 1: .* renders the system message elsewhere"):
+            policy.encode([context], 1)
+
+
+# Others
+
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
+OTHERS = {
+    "gemma": {},
+    "glm4": {},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 512},
+    "gpt_oss": {**MOE, "sliding_window": 16},
+    "mixtral": MOE,
+    "olmo2": {},
+    "phi3": {"sliding_window": 16},
+    "qwen2": WINDOWED,
+    "qwen3_moe": MOE,
+    "smollm3": {},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_conversion_replies_and_log_probabilities_of_others(name, tokenizer, caplog):
+    """On token ids alone, without a chat template: what README's table says of them."""
+    sizes = {} if name == "gpt2" else SIZES
+    base_config = AutoConfig.for_model(name, vocab_size=320, **sizes, **OTHERS[name])
+    check_family(base_config)
+    assert f"not on {name} models" in caplog.text
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(base_config).eval().requires_grad_(False)
+    draw = torch.Generator().manual_seed(2)
+    prefix, *prompts = (torch.randint(6, 320, (n,), generator=draw).tolist() for n in (20, 3, 14, 5, 17))
+    model = prefix_from_hard_prompt(base, prefix)
+    completions = generate(model, tokenizer, prompts, Sampling(NEW, temperature=0), [1])
+    batch = Batch.from_rows(tokenizer, prompts, completions, torch.device("cpu"))
+    logps = completion_logps(model, batch)[0]
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        with torch.no_grad():
+            logits = base(torch.tensor([prefix + prompt + completion])).logits[0, -len(completion) - 1 : -1]
+        assert logits.argmax(-1).tolist() == completion
+        expected = logits.log_softmax(-1).max(-1).values
+        torch.testing.assert_close(logps[row, batch.completion_mask[row]], expected, rtol=0, atol=1e-4)
+    logps.sum().backward()
+    assert soft_prefix(model).grad.view(20, 8, -1).abs().amax((0, 2)).all()
+
+
+REFUSED = {
+    "t5": "no decoder-only language models",
+    "bart": "no decoder-only language models",
+    "bert": "encoders, which read a text from both sides",
+    "falcon_mamba": "no place in their layers of linear_attention",
+    "jamba": "no place in their layers of linear_attention",
+    "falcon_h1": "no place in their layers of hybrid",
+    "qwen3_next": "no place in their layers of linear_attention",
+    "qwen3_5": "no place in their layers of linear_attention",
+    "nemotron_h": "no place in their layers of linear_attention, mlp, moe",
+    "llama4_text": "no place in their layers of chunked_attention",
+    "rwkv": "they keep a state",
+    "deepseek_v3": "their keys are wider than their values",
+    "minicpm3": "their keys are wider than their values",
+    "gemma3n": "layers have keys of unlike sizes or share them",
+    "gemma4": "layers have keys of unlike sizes or share them",
+    "falcon": "one key for all",
+    "bloom": "does not say how many tokens they take",
+    "cohere2": r"scale their logits \(logit_scale 0.0625\)",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_prefix_cannot_serve_is_refused_by_name(name):
+    with pytest.raises(InputError, match=f"^{name} models cannot be used: .*{REFUSED[name]}.*; expected another chat"):
+        check_family(AutoConfig.for_model(name))
+
+
+def test_it_is_refused_before_weights_load(families, tmp_path, refused):
+    folder = shutil.copytree(families["llama"].base.name_or_path, tmp_path / "model")
+    AutoConfig.for_model("cohere", num_key_value_heads=2).save_pretrained(folder)
+    line = refused("convert_prompt", model={"model_name_or_path": str(folder)})
+    assert "cohere models cannot be used: they scale their logits" in line
+
+
+def test_an_adapter_whose_base_was_changed_is_refused(families, tmp_path, no_model):
+    """And a model that is loaded already."""
+    base = families["llama"].base
+    folder = shutil.copytree(base.name_or_path, tmp_path / "model")
+    adapter = shutil.copytree(families["llama"].converted, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder)}))
+    PrefixTuningPolicyModel.open(adapter)
+    AutoConfig.for_model("cohere", **SIZES).save_pretrained(folder)
+    with pytest.raises(InputError, match="cohere models cannot be used"):
+        PrefixTuningPolicyModel.open(adapter)
+    cohere = AutoModelForCausalLM.from_config(AutoConfig.for_model("cohere", vocab_size=320, **SIZES))
+    with pytest.raises(InputError, match="cohere models cannot be used"):
+        PrefixTuningPolicyModel.from_hard_prompt(cohere, HARD_PROMPT, tokenizer=families["llama"].tokenizer)
+
+
+def test_a_way_to_logits_of_its_own_is_measured(tokenizer):
+    """BERT's as a decoder: the logits are equal, the log-probabilities are not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    base = BertLMHeadModel(BertConfig(vocab_size=320, is_decoder=True, initializer_range=0.3, **sizes))
+    policy = PrefixTuningPolicyModel.from_hard_prompt(base, HARD_PROMPT, tokenizer=tokenizer)
+    assert policy.difference_to_hard_prompt() > 1e-2

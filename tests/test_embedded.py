@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tiny import ROOT
 
 from h2s import PrefixTuningPolicyModel
-from h2s.models import load_tokenizer, resolve_embedded
+from h2s.models import load_base_model, load_tokenizer, resolve_embedded
 from h2s.prefix.chat_template import ChatPrefix
 from h2s.prefix.generation import Batch, Sampling
 
@@ -136,3 +136,53 @@ def test_reward_learns_the_sample_sheet_and_policy_runs_on_it(tmp_path):
         "--report_to", "none", "--value_warmup_batches", 0, "--scale_rewards", "false")  # fmt: skip
     (line,) = [r for r in json.loads((tmp_path / "p" / "trainer_state.json").read_text())["log_history"] if "loss" in r]
     assert abs(line["policy/ratio"] - 1) < 1e-4 and line["grad_norm"] > 0 and abs(line["kl"]) < 1e-2
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The five recipes by the YAMLs of recipes/smollm2-135m-instruct, made short; the folder of their runs."""
+    out, yamls = tmp_path_factory.mktemp("smollm2"), ROOT / "recipes" / "smollm2-135m-instruct"
+    rewards = ["--reward_adapter", out / "reward", "--judge_adapter", out / "reward" / "judge"]
+    few, short = ["--test_size", 0.05], ["--max_completion_length", 12]
+    for recipe, name, flags in (
+        ("convert_prompt", "convert", []),
+        ("train_reward", "reward", ["--report_to", "none", "--max_steps", 1]),
+        ("train_policy", "policy", [*rewards, *few, *short, "--max_steps", 1, "--per_device_train_batch_size", 4,
+                                    "--eval_steps", 1, "--value_warmup_batches", 0, "--scale_rewards", "false",
+                                    "--report_to", "none"]),
+        ("compare", "compare", [*rewards, *few, *short, "--policy_adapter", out / "policy"]),
+    ):  # fmt: skip
+        run(recipe, "--config", yamls / f"{name}.yaml", "--output_dir", out, "--run_name", name, *flags)
+    return out
+
+
+def test_an_instruct_model_runs_the_five_recipes(smollm2, capsys):
+    lines = json.loads((smollm2 / "policy" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    (line,) = [r for r in lines if "loss" in r]
+    assert abs(line["policy/ratio"] - 1) < 1e-4 and line["grad_norm"] > 0 and abs(line["kl"]) < 1e-2
+    assert list((smollm2 / "compare").glob("*.xlsx"))
+    capsys.readouterr()
+    run("generate", "--policy_adapter", smollm2 / "policy", "--conversation", "What is 12 times 3?",
+        "--max_completion_length", 24, "--temperature", 0)  # fmt: skip
+    assert capsys.readouterr().out.strip()
+
+
+def test_an_instruct_model_ends_its_turns_and_reads_its_own_template(smollm2):
+    policy = PrefixTuningPolicyModel.from_pretrained(smollm2 / "convert")
+    assert policy.difference_to_hard_prompt() < 1e-4
+    assert policy.stop_ids == policy.tokenizer.convert_tokens_to_ids(["<|im_end|>"]) == [2]
+    prompts = policy.encode(CONTEXTS, 48)
+    # ChatML; the system message that the template has for conversations without one never comes.
+    for prompt, context in zip(prompts, CONTEXTS, strict=True):
+        turns = [{"role": "system", "content": policy.prefix.hard_prompt}, *context, {"role": "assistant"}]
+        expected = "".join(f"<|im_start|>{t['role']}\n" + f"{t.get('content')}<|im_end|>\n" for t in turns)
+        whole = policy.tokenizer.decode(policy.prefix.token_ids + prompt)
+        assert whole == expected.removesuffix("None<|im_end|>\n")
+    completions = policy.complete(prompts, Sampling(48, temperature=0))
+    assert sum(c[-1] == 2 for c in completions) >= 2
+    base = load_base_model(resolve_embedded("embedded:smollm2-135m-instruct"), dtype="float32")
+    for prompt, completion in zip(prompts, completions, strict=True):  # each as it is answered alone, as text
+        ids = policy.prefix.token_ids + prompt + completion
+        with torch.no_grad():
+            logits = base(torch.tensor([ids])).logits[0, -len(completion) - 1 : -1]
+        assert logits.argmax(-1).tolist() == completion

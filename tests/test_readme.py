@@ -18,7 +18,12 @@ from h2s.run.recipe import PROTOTYPE_KEYS
 READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md"))]
 README = READMES[0].read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- not run by a test[^:\n]*: [^\n]+ -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
-RUN = {"From Python": ["python"] * 3, "Using an adapter": ["python", "bash"], "Coming from": ["bash", "python"]}
+RUN = {
+    "From Python": ["python"] * 3,
+    "Using an adapter": ["python", "bash"],
+    "A dial, and": ["python"],
+    "Coming from": ["bash", "python"],
+}
 REWARD_COMMAND = "python recipes/train_reward.py --config recipes/embedded/reward.yaml"
 
 
@@ -111,6 +116,23 @@ def test_using_an_adapter(checkout, gemma_folder, recipes, capsys):
     run_commands(recipes, command, "--max_completion_length", "4", "--seed", "1")
     first = capsys.readouterr().out
     assert first.strip()
+
+
+def test_a_dial_and_several_prefixes(checkout, gemma_folder, capsys):
+    for name in ("kind", "kinder"):
+        policy = PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT)
+        with torch.no_grad():
+            soft(policy).add_(torch.randn(soft(policy).shape))
+        policy.save_pretrained(f"outputs/{name}")
+    (block,) = blocks("A dial, and")
+    names: dict = {}
+    exec(block, names)
+    assert len(set(capsys.readouterr().out.splitlines())) == 2
+    start, kind, half = (
+        soft(PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT)),
+        *(soft(PrefixTuningPolicyModel.from_pretrained(f"outputs/{name}")) for name in ("kind", "half-kind")),
+    )
+    assert torch.allclose(half, (start + kind) / 2, atol=1e-6) and names["policy"].active == "default"
 
 
 def test_coming_from_the_prototype(checkout, gemma_folder, bert_folder, recipes, capsys):

@@ -9,10 +9,9 @@ import logging
 from h2s import PrefixTuningPolicyModel, load_contexts
 from h2s.data import splits
 from h2s.prefix.generation import Sampling
-from h2s.report import blinded_sheet
+from h2s.report import blinded_sheet, strengths
 from h2s.report.best_of_n import yardstick
 from h2s.report.comparison import write_comparison
-from h2s.report.soft_vs_hard import soft_vs_hard
 from h2s.reward.functions import open_scorers
 from h2s.run import arguments
 from h2s.run.folder import run_recipe
@@ -55,8 +54,8 @@ def main(run, argv: list[str] | None = None) -> None:
     folder = run.start(model_args, data_args, args)
     policy = PrefixTuningPolicyModel.load(opened)
     sampling = Sampling(args.max_completion_length, args.temperature, args.top_k, args.top_p)
-    table = soft_vs_hard(policy, contexts, scorers, sampling, args.batch_size, args.seed)
-    best = ""
+    tables = strengths.along(policy, contexts, scorers, sampling, args.strengths, args.batch_size, args.seed)
+    table, best = tables[1], ""
     if scorers and args.best_of_n and args.temperature:  # without chance all draws are one
         best = yardstick(table, policy, contexts, scorers, sampling, args.best_of_n, args.batch_size, args.seed)
 
@@ -65,10 +64,12 @@ def main(run, argv: list[str] | None = None) -> None:
     ##########
     if not run.is_main_process:
         return
-    text = f"{write_comparison(table, list(scorers), folder)}\n{which}" + (f"\n\n{best}" if best else "")
+    parts = [f"{write_comparison(table, list(scorers), folder)}\n{which}", best]
+    parts += [strengths.write_strengths(tables, list(scorers), folder)] if len(tables) > 1 else []
+    text = "\n\n".join(part for part in parts if part)
     logger.info("%s", text)
-    picture = "\n\n![](differences.png)" if scorers else ""
-    (folder / "README.md").write_text(f"# Soft against hard\n\n{text}{picture}\n", encoding="utf-8")
+    pictures = "".join(f"\n\n![]({file.name})" for file in sorted(folder.glob("*.png")))
+    (folder / "README.md").write_text(f"# Soft against hard\n\n{text}{pictures}\n", encoding="utf-8")
     table.to_parquet(folder / "replies.parquet")
     sheet, key, rows = blinded_sheet.write_blinded_sheet(table, folder, args.seed, args.language)
     logger.info("to be judged: %s (%s); send each person a copy and keep %s: it tells the sides", sheet, rows, key.name)

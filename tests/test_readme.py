@@ -22,6 +22,7 @@ RUN = {
     "From Python": ["python"] * 3,
     "The Hub": ["bash"],
     "Using an adapter": ["python", "bash"],
+    "A dial, and": ["python"],
     "Coming from": ["bash", "python"],
 }
 REWARD_COMMAND = "python recipes/train_reward.py --config recipes/embedded/reward.yaml"
@@ -129,6 +130,23 @@ def test_the_hub(checkout, hub, published, recipes, capsys):
     assert capsys.readouterr().out.count(f"pushed to {hub.url}/me/kind\n") == 2
     run_commands(recipes, generate, "--max_completion_length", "4", "--seed", "1")
     assert capsys.readouterr().out.strip()
+
+
+def test_a_dial_and_several_prefixes(checkout, gemma_folder, capsys):
+    for name in ("kind", "kinder"):
+        policy = PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT)
+        with torch.no_grad():
+            soft(policy).add_(torch.randn(soft(policy).shape))
+        policy.save_pretrained(f"outputs/{name}")
+    (block,) = blocks("A dial, and")
+    names: dict = {}
+    exec(block, names)
+    assert len(set(capsys.readouterr().out.splitlines())) == 2
+    start, kind, half = (
+        soft(PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT)),
+        *(soft(PrefixTuningPolicyModel.from_pretrained(f"outputs/{name}")) for name in ("kind", "half-kind")),
+    )
+    assert torch.allclose(half, (start + kind) / 2, atol=1e-6) and names["policy"].active == "default"
 
 
 def test_coming_from_the_prototype(checkout, gemma_folder, bert_folder, recipes, capsys):

@@ -105,6 +105,7 @@ class SingleStepPPOTrainer(SampledPolicy):
             model = PrefixTuningPolicyModel.from_pretrained(model, device=args.device)
         if not isinstance(model, PrefixTuningPolicyModel):
             raise InputError(f"model must be a PrefixTuningPolicyModel or an adapter, got a {type(model).__name__}")
+        model.check_own_is_active("trained")
         if processing_class is not None and processing_class.chat_template != model.tokenizer.chat_template:
             raise InputError(
                 "processing_class is not the policy's tokenizer: its chat template would print what the prefix holds; "

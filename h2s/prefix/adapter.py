@@ -7,6 +7,7 @@ prompt's own keys and values there makes the start of training exactly the hard 
 import hashlib
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,27 +79,34 @@ def fill(model: PeftModel, inputs: dict[str, torch.Tensor], adapter: str = SOFT)
 
 def add_hard_prompt(model: PeftModel, token_ids: list[int]) -> None:
     """Add the hard prompt as a second, frozen prefix: the reference policy costs no second model."""
-    soft = model.peft_config[SOFT]
-    config = PrefixTuningConfig(task_type=soft.task_type, num_virtual_tokens=len(token_ids), prefix_projection=False)
-    model.add_adapter(HARD, config)
+    add_prefix(model, HARD)
     fill_with_tokens(model, token_ids, HARD)
-    model.prompt_encoder[HARD].requires_grad_(False)
-    model.set_adapter(SOFT)
+
+
+def add_prefix(model: PeftModel, adapter: str) -> None:
+    """Add a frozen prefix of the soft one's length that is still to be filled; the one that is active stays so."""
+    soft = model.peft_config[SOFT]
+    config = PrefixTuningConfig(
+        task_type=soft.task_type, num_virtual_tokens=soft.num_virtual_tokens, prefix_projection=False
+    )
+    model.add_adapter(adapter, config)
+    model.prompt_encoder[adapter].requires_grad_(False)
 
 
 @contextmanager
 def hard_prompt_active(model: PeftModel):
     """Inside, the model answers as the hard prompt. (`disable_adapter` leaves state behind on prefix models.)"""
+    active = model.active_adapter
     model.set_adapter(HARD)
     try:
         yield model
     finally:
-        model.set_adapter(SOFT)
+        model.set_adapter(active)
 
 
-def soft_prefix(model: PeftModel) -> torch.nn.Parameter:
-    """The one trained parameter of a prefix model, shape (P, 2 * layers * kv_dim)."""
-    return model.prompt_encoder[SOFT].embedding.weight
+def soft_prefix(model: PeftModel, adapter: str = SOFT) -> torch.nn.Parameter:
+    """The one trained parameter of a prefix model, shape (P, 2 * layers * kv_dim), or a further prefix's."""
+    return model.prompt_encoder[adapter].embedding.weight
 
 
 def hard_prefix(model: PeftModel) -> torch.nn.Parameter:
@@ -106,9 +114,9 @@ def hard_prefix(model: PeftModel) -> torch.nn.Parameter:
     return model.prompt_encoder[HARD].embedding.weight
 
 
-def fingerprint(model: PeftModel) -> str:
-    """Of the soft prefix's bytes: whether it is still the one that was converted."""
-    return hashlib.sha256(soft_prefix(model).detach().cpu().numpy().tobytes()).hexdigest()
+def fingerprint(model: PeftModel, adapter: str = SOFT) -> str:
+    """Of a prefix's bytes: whether it is still the one that was converted."""
+    return hashlib.sha256(soft_prefix(model, adapter).detach().cpu().numpy().tobytes()).hexdigest()
 
 
 def save_adapter(
@@ -171,22 +179,38 @@ def prefix_sizes(config: PretrainedConfig) -> tuple[int, int]:
     return text.num_hidden_layers, heads * head_dim
 
 
-def load_weights(model: PeftModel, folder: str | Path) -> None:
-    """Load an adapter's weights into the model's soft prefix, which stays trainable.
+def load_prefix(model: PeftModel, folder: str | Path, prefix: ChatPrefix, adapter: str = SOFT) -> ChatPrefix:
+    """Load an adapter's weights; what nothing has trained equals the hard prompt in this model's dtype too.
+
+    Returns:
+        `prefix`, its start being the one in this dtype.
+
+    Raises:
+        InputError: as [`load_weights`].
+    """
+    load_weights(model, folder, adapter)
+    if prefix.start != fingerprint(model, adapter):
+        return prefix
+    fill_with_tokens(model, prefix.token_ids, adapter)
+    return replace(prefix, start=fingerprint(model, adapter))
+
+
+def load_weights(model: PeftModel, folder: str | Path, adapter: str = SOFT) -> None:
+    """Load an adapter's weights into a prefix of the model's; the soft one stays trainable.
 
     `PeftModel.from_pretrained(is_trainable=True)` is refused for prompt learning; this is the way to go on training.
 
     Raises:
         InputError: the weights are of another shape, or the file is damaged.
     """
-    soft = soft_prefix(model)
+    soft = soft_prefix(model, adapter)
     try:
         weights = load_file(Path(folder) / ADAPTER_WEIGHTS)
         if isinstance(soft, DTensor):
             whole = weights["prompt_embeddings"].to(soft.device)
             soft.data.copy_(distribute_tensor(whole, soft.device_mesh, soft.placements))
         else:
-            set_peft_model_state_dict(model, weights, adapter_name=SOFT)
+            set_peft_model_state_dict(model, weights, adapter_name=adapter)
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:  # RuntimeError: torch's, of a shape
         raise InputError(f"the adapter in {folder} does not fit this model: {in_short(error)}") from error
 

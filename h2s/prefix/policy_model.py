@@ -1,8 +1,8 @@
 """A policy for use: a chat model with a soft prefix, made from a hard prompt or from an adapter."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
@@ -20,13 +20,9 @@ from h2s.errors import InputError
 from h2s.hub import SavedAdapter, write_card
 from h2s.models import load_base_model, load_tokenizer, model_source
 from h2s.prefix.adapter import (
-    HARD,
-    add_hard_prompt,
     fill,
-    fill_with_tokens,
     fingerprint,
-    hard_prompt_active,
-    load_weights,
+    load_prefix,
     prefix_from_hard_prompt,
     random_prefix,
     save_adapter,
@@ -36,6 +32,7 @@ from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
 from h2s.prefix.families import check_family
 from h2s.prefix.generation import Batch, Sampling, decode, seeded, stop_token_ids
 from h2s.prefix.legacy import LegacyPrefix
+from h2s.prefix.named_prefixes import NamedPrefixes
 from h2s.prefix.opened import OpenedPolicy, check_download, open_adapter, open_hard_prompt
 from h2s.prefix.policy_module import PolicyModule
 from h2s.prefix.prompts import encode_beside
@@ -53,7 +50,7 @@ OWN_ARGUMENTS = {
 }
 
 
-class PrefixTuningPolicyModel(SavedAdapter):
+class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
     """A chat model whose system prompt is a soft prefix.
 
     ```python
@@ -69,14 +66,14 @@ class PrefixTuningPolicyModel(SavedAdapter):
         module: what DDP or FSDP2 wrap, where the policy is trained by several processes.
         tokenizer: the plain transformers tokenizer, whose chat template leaves out what the prefix holds.
         prefix: what the prefix stood for at the start.
+        active: the name of the prefix that answers: `default`, or one that `load_adapter` put beside it.
         stop_ids: the tokens that end a reply.
     """
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prefix: ChatPrefix):
-        self.model = model
+        super().__init__(model, prefix)
         self.module = PolicyModule(model)
         self.tokenizer = tokenizer
-        self.prefix = prefix
         self.stop_ids = stop_token_ids(model, tokenizer)
 
     @classmethod
@@ -183,13 +180,9 @@ class PrefixTuningPolicyModel(SavedAdapter):
             return cls._converted(base, opened.tokenizer, opened.prefix, opened.revision)
         model, prefix = random_prefix(base, len(opened.prefix.token_ids), opened.revision), opened.prefix
         if opened.adapter is not None:
-            load_weights(model, opened.adapter)
+            prefix = load_prefix(model, opened.adapter, prefix)
         elif opened.legacy is not None:
             fill(model, opened.legacy.inputs(base, prefix.token_ids))
-        if prefix.start == fingerprint(model):
-            # Nothing has trained it: converted again it equals the hard prompt in this model's dtype too.
-            fill_with_tokens(model, prefix.token_ids)
-            prefix = replace(prefix, start=fingerprint(model))
         return cls(model, opened.tokenizer, prefix)
 
     @classmethod
@@ -200,6 +193,7 @@ class PrefixTuningPolicyModel(SavedAdapter):
         return cls(model, tokenizer, replace(prefix, start=fingerprint(model)))
 
     def _save_files(self, folder: str | Path, is_main_process: bool = True) -> None:
+        self.check_own_is_active("saved")
         save_adapter(self.model, self.tokenizer, self.prefix, folder, is_main_process)
 
     def _write_card(self, folder: Path, report: str, source: str) -> None:
@@ -232,18 +226,6 @@ class PrefixTuningPolicyModel(SavedAdapter):
         expected_logps = expected[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
         largest = max((soft - expected).abs().max(), (scored[0, 1:] - expected_logps).abs().max())
         return (largest / expected.abs().max()).item()
-
-    def add_hard_prompt(self) -> None:
-        """Add the hard prompt as a second, frozen prefix, if it is not there yet."""
-        if HARD not in self.model.peft_config:
-            add_hard_prompt(self.model, self.prefix.token_ids)
-
-    @contextmanager
-    def hard_prompt_active(self) -> Iterator[None]:
-        """Inside, the model answers as the hard prompt."""
-        self.add_hard_prompt()
-        with hard_prompt_active(self.model):
-            yield
 
     def encode(self, contexts: Dataset | Sequence[Messages], max_completion_length: int) -> list[list[int]]:
         """As [`OpenedPolicy.encode`]."""

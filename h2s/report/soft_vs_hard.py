@@ -6,7 +6,8 @@ log-ratio to the hard prompt, in nats.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ def soft_vs_hard(
     seed: int = 42,
     trainer_state: TrainerState | None = None,
     progress: bool = True,
+    hard: pd.DataFrame | None = None,
+    label: str = "soft against hard",
 ) -> pd.DataFrame:
     """Answer each context with the soft and with the hard prompt, from the same random state, and score both.
 
@@ -48,6 +51,8 @@ def soft_vs_hard(
         seed: of the sampling; the same seed gives the same hard completions.
         trainer_state: for rewards that ask for it.
         progress: whether to show a bar.
+        hard: a comparison table of the same contexts, sampling and seed: the hard side is taken from it, not drawn.
+        label: of the bar.
 
     Returns:
         The comparison table, its index being the context's place. A score is NaN where a reward left the reply out.
@@ -59,15 +64,18 @@ def soft_vs_hard(
     policy.add_hard_prompt()
     prompts = [as_messages(prompt) for prompt in contexts["prompt"]]
     prompt_ids = policy.encode(prompts, sampling.max_completion_length)
+    sides = ("soft", "hard") if hard is None else ("soft",)
     records: list[dict] = []
-    for rows in shared_batches(len(contexts), batch_size, "soft against hard", progress):
+    for rows in shared_batches(len(contexts), batch_size, label, progress):
         batch = [prompts[i] for i in rows], [prompt_ids[i] for i in rows]
-        records += _answer_both(policy, *batch, rows, sampling, seed)
+        records += _answer(policy, *batch, rows, sampling, seed, sides)
     mine = contexts.select([record["row"] for record in records])
     for name, scorer in scorers.items():
-        for side in ("soft", "hard"):
+        for side in sides:
             score_replies(scorer, mine, records, side, f"{side}_{name}", trainer_state)
-    table = gather_rows(records).drop(columns=["soft_ids", "hard_ids"])
+    table = gather_rows(records).drop(columns=[f"{side}_ids" for side in sides])
+    if hard is not None:
+        table = table.join(hard.filter(regex="^hard"))
     for name in scorers:
         both = table[[f"soft_{name}", f"hard_{name}"]]
         if np.isinf(both).any(axis=None):
@@ -111,30 +119,32 @@ def gather_rows(records: list[dict]) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def _answer_both(
+def _answer(
     policy: PrefixTuningPolicyModel,
     prompts: list[Messages],
     prompt_ids: list[list[int]],
     rows: range,
     sampling: Sampling,
     seed: int,
+    sides: Sequence[str],
 ) -> list[dict]:
     """A record a context of one batch, whose first row is part of its seed."""
-    with seeded(policy.model.device, seed + rows.start):
-        soft = policy.complete(prompt_ids, sampling)
-    with seeded(policy.model.device, seed + rows.start), policy.hard_prompt_active():
-        hard = policy.complete(prompt_ids, sampling)
-    kls = [math.nan] * len(soft)
+    drawn = {}
+    for side in sides:
+        prompt = nullcontext() if side == "soft" else policy.hard_prompt_active()
+        with seeded(policy.model.device, seed + rows.start), prompt:
+            drawn[side] = policy.complete(prompt_ids, sampling)
+    kls = [math.nan] * len(prompts)
     if sampling.whole:
-        batch = Batch.from_rows(policy.tokenizer, prompt_ids, soft, policy.model.device)
+        batch = Batch.from_rows(policy.tokenizer, prompt_ids, drawn["soft"], policy.model.device)
         logps = policy.module(*batch, sampling.temperature)[0]
         with policy.hard_prompt_active():
             ref_logps = policy.module(*batch, sampling.temperature)[0]
         kls = (logps - ref_logps).sum(1).tolist()
     records = []
-    for row, prompt, kl, *completions in zip(rows, prompts, kls, soft, hard, strict=True):
-        record: dict[str, Any] = {"row": row, "conversation": conversation_id(prompt), "prompt": prompt, "kl": kl}
-        for name, completion in zip(("soft", "hard"), completions, strict=True):
+    for row, messages, kl, *completions in zip(rows, prompts, kls, *drawn.values(), strict=True):
+        record: dict[str, Any] = {"row": row, "conversation": conversation_id(messages), "prompt": messages, "kl": kl}
+        for name, completion in zip(sides, completions, strict=True):
             record[name] = policy.decode(completion)
             record[f"{name}_ids"] = completion
             record[f"{name}_tokens"] = len(completion)

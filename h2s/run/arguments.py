@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from h2s.errors import InputError
 
+# Past 1 the direction of training is extrapolated, and nothing says that it stays good for long.
+LARGEST_STRENGTH = 1.5
+
 
 def _setting(help_text: str, default: Any = None) -> Any:
     """A field with its help. Models and data have no default."""
@@ -27,6 +30,34 @@ def _mapping(name: str, value: Any) -> dict | None:
     if not isinstance(value, dict | None):
         raise InputError(f"{name} must be a mapping, got {value!r}")
     return value
+
+
+def check_strength(value: Any) -> None:
+    """Check how far a prefix is to go from its hard prompt, at 0, toward where training brought it, at 1.
+
+    Raises:
+        InputError: it is no number from 0 to 1.5.
+    """
+    if not (isinstance(value, int | float) and 0 <= value <= LARGEST_STRENGTH):  # NaN is not
+        expected = f"a number from 0, the hard prompt, to {LARGEST_STRENGTH} (1 is the trained prefix)"
+        raise InputError(f"a strength must be {expected}, got {value!r}")
+
+
+def _strengths(value: list[float] | str) -> list[float]:
+    """Strengths that are listed, or stand in a text with commas between them.
+
+    Raises:
+        InputError: one is none, or stands there twice.
+    """
+    try:
+        strengths = [float(number) for number in (value.split(",") if isinstance(value, str) else value)]
+    except ValueError:
+        raise InputError(f"strengths must be numbers with commas between them (0.5,1,1.5), got {value!r}") from None
+    for strength in strengths:
+        check_strength(strength)
+    if len(set(strengths)) < len(strengths):
+        raise InputError(f"strengths must be given once each, got {value!r}")
+    return strengths
 
 
 @dataclass
@@ -235,15 +266,20 @@ class GenerateArguments(RunArguments):
 
 @dataclass
 class CompareArguments(GenerateArguments):
-    """How replies are drawn, how many the hard prompt may choose from, and the language of those who judge."""
+    """How replies are drawn, how many the hard prompt may choose from, how far the prefix goes, and the sheet."""
 
     best_of_n: int = _setting("Replies of the hard prompt to draw for the best-of-n yardstick; 0: none.", 8)
+    strengths: list[float] | str | None = _setting(
+        "Compare at these strengths too: hard + strength x (soft - hard), 0 to 1.5, such as 0.5,1,1.5."
+    )
     language: Literal["en", "zh-TW"] = _setting("Of the blinded sheet: headings, choices, instructions.", "en")
 
     def __post_init__(self):
         super().__post_init__()
         if self.best_of_n != 0 and self.best_of_n < 2:
             raise InputError(f"best_of_n must be 0 or at least 2, got {self.best_of_n}")
+        if self.strengths is not None:
+            self.strengths = _strengths(self.strengths)
 
 
 def read_hard_prompt(arguments: HardPromptArguments) -> str:

@@ -101,6 +101,7 @@ def compared(policy_adapter, reward_adapter, contexts_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared")
     flags = ["--policy_adapter", policy_adapter, "--reward_adapter", reward_adapter, "--path", contexts_file]
     flags += ["--max_completion_length", 6, "--batch_size", 3, "--best_of_n", 2, "--output_dir", out, "--split", "all"]
+    flags += ["--strengths", "0.5", "--temperature", 1]
     for processes in (1, 2):
         done = launch(processes, "recipes/compare.py", *map(str, flags), "--run_name", str(processes))
         assert done.returncode == 0, done.stderr[-8000:]
@@ -116,6 +117,7 @@ def test_comparing_on_two_processes_says_what_one_says(compared):
     tables = [pd.read_parquet(folder / "replies.parquet") for folder in (one, two)]
     pd.testing.assert_frame_equal(*tables)
     assert len(tables[0]) == 40 and tables[0]["soft_reward"].nunique() > 5
+    pd.testing.assert_frame_equal(*(pd.read_parquet(folder / "strengths.parquet") for folder in (one, two)))
     assert (one / "README.md").read_text() == (two / "README.md").read_text()
     sheets = [pd.read_excel(folder / "blinded.xlsx") for folder in (one, two)]
     pd.testing.assert_frame_equal(*sheets)

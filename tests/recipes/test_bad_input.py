@@ -277,6 +277,7 @@ TABLE = [
       ]],
     ("train_policy", task(reward_weights=[1, 2]), "reward_weights must hold one weight a reward, got 2 for 1"),
     ("compare", task(best_of_n=1), "best_of_n must be 0 or at least 2, got 1"),
+    ("compare", task(strengths="0.5,2"), "a strength must be a number from 0, the hard prompt, to 1.5", "got 2.0"),
 ]  # fmt: skip
 CASES = [
     (name, change, words) for names, change, *words in TABLE for name in ([names] if isinstance(names, str) else names)

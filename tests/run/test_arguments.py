@@ -13,7 +13,7 @@ from h2s.run.arguments import (
     RewardModelArguments,
     read_hard_prompt,
 )
-from h2s.run.recipe import parse_recipe
+from h2s.run.recipe import parse_recipe, write_recipe
 
 
 def test_hard_prompt_file_of_a_windows_program(tmp_path):
@@ -112,6 +112,41 @@ def test_sampling_at_its_limits():
     limits = {"temperature": 0, "top_p": 1, "top_k": 0, "batch_size": 1, "max_completion_length": 1}
     for number in (0, 2):
         assert CompareArguments(**limits, best_of_n=number).best_of_n == number
+
+
+def test_strengths(tmp_path):
+    """As one flag and in YAML, as a list or the same text; what a run's own recipe says can be run again."""
+    sections = (CompareModelArguments, CompareDatasetArguments, CompareArguments)
+    assert parse_recipe(*sections, [])[2].strengths is None
+    assert parse_recipe(*sections, ["--strengths", "0.5,1, 1.5"])[2].strengths == [0.5, 1, 1.5]
+    assert parse_recipe(*sections, ["--strengths", "0"])[2].strengths == [0]
+    for written in ("0.5,1,1.5", "[0.5, 1, 1.5]", "['0.5', 1, 15e-1]"):
+        (tmp_path / "r.yaml").write_text(f"task: {{strengths: {written}}}", encoding="utf-8")
+        if written[0] != "[":
+            (tmp_path / "r.yaml").write_text(f"task: {{strengths: '{written}'}}", encoding="utf-8")
+        run = parse_recipe(*sections, ["--config", str(tmp_path / "r.yaml")])
+        assert run[2].strengths == [0.5, 1, 1.5]
+    write_recipe(tmp_path / "recipe.yaml", *run)
+    assert parse_recipe(*sections, ["--config", str(tmp_path / "recipe.yaml")])[2] == run[2]
+
+
+@pytest.mark.parametrize(
+    ("strengths", "words"),
+    [
+        ("0.5,high", r"strengths must be numbers with commas between them \(0.5,1,1.5\), got '0.5,high'"),
+        ("0.5,,1", "strengths must be numbers with commas"),
+        ("", "strengths must be numbers with commas"),
+        ("0.5;1", "strengths must be numbers with commas"),
+        ("-0.5", "a strength must be a number from 0, the hard prompt, to 1.5 .*, got -0.5"),
+        ("1,1.6", "a strength must be a number from 0, .*, got 1.6"),
+        ("nan", "a strength must be a number from 0, .*, got nan"),
+        ("1,0.5,1.0", "strengths must be given once each, got '1,0.5,1.0'"),
+        ([0.5, 2], "a strength must be a number from 0, .*, got 2.0"),
+    ],
+)
+def test_strengths_that_are_none(strengths, words):
+    with pytest.raises(InputError, match=words):
+        CompareArguments(strengths=strengths)
 
 
 def test_several_paths(tmp_path):

@@ -85,7 +85,8 @@ def keep_trainable(model: PreTrainedModel, compute_dtype: torch.dtype | None = N
         from bitsandbytes.nn import Linear4bit
 
         for layer in (module for module in model.modules() if isinstance(module, Linear4bit)):
-            if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            state = getattr(layer.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
                 raise InputError(
                     "the model in 4 bits has run before, and bitsandbytes packed its weights for inference on the CPU: "
                     "load it again and give it before its first forward, or give its name and quantization_config"

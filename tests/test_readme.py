@@ -18,7 +18,12 @@ from h2s.run.recipe import PROTOTYPE_KEYS
 READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md"))]
 README = READMES[0].read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- not run by a test[^:\n]*: [^\n]+ -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
-RUN = {"From Python": ["python"] * 3, "Using an adapter": ["python", "bash"], "Coming from": ["bash", "python"]}
+RUN = {
+    "From Python": ["python"] * 3,
+    "Using an adapter": ["python", "bash"],
+    "A base in 4": ["bash", "python"],
+    "Coming from": ["bash", "python"],
+}
 REWARD_COMMAND = "python recipes/train_reward.py --config recipes/embedded/reward.yaml"
 
 
@@ -111,6 +116,18 @@ def test_using_an_adapter(checkout, gemma_folder, recipes, capsys):
     run_commands(recipes, command, "--max_completion_length", "4", "--seed", "1")
     first = capsys.readouterr().out
     assert first.strip()
+
+
+def test_a_base_in_4_bits(checkout, recipes, capsys):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    base = save_gemma(checkout / "tiny", **sizes)
+    commands, python = (block.replace("embedded:gemma-3-270m", str(base)) for block in blocks("A base in 4 bits"))
+    run_commands(recipes, commands)
+    names: dict = {}
+    exec(python, names)
+    small = PrefixTuningPolicyModel.from_pretrained("outputs/small")
+    assert small.prefix.quantization == names["policy"].prefix.quantization != {}
+    assert torch.equal(soft(small), soft(PrefixTuningPolicyModel.from_pretrained("outputs/small-too")))
 
 
 def test_coming_from_the_prototype(checkout, gemma_folder, bert_folder, recipes, capsys):

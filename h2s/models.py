@@ -26,12 +26,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from h2s.errors import InputError, in_short
+from h2s.quantization import keep_trainable
 
 # What transformers and PEFT raise of a folder or a repository that holds no such model, or values that no model has.
 LOADING_ERRORS = (
@@ -236,13 +238,18 @@ def load_base_model(
     revision: str | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    device: str | torch.device = "cpu",
+    quantization: dict[str, Any] | None = None,
     **download: Any,
 ) -> PreTrainedModel:
-    """The frozen chat model.
+    """The frozen chat model, on its device; in 4 bits where `quantization` has the arguments of `BitsAndBytesConfig`.
 
     Raises:
         InputError: it cannot be loaded as a causal language model.
     """
+    if quantization is not None:
+        download["quantization_config"] = BitsAndBytesConfig(**quantization)
+        download["device_map"] = {"": device}  # quantised there: on a card, not before it
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -255,7 +262,7 @@ def load_base_model(
         )
     except LOADING_ERRORS as error:
         raise InputError(f"no causal language model can be loaded from {source}: {in_short(error)}") from error
-    return model.requires_grad_(False).eval()
+    return keep_trainable(model.requires_grad_(False).eval().to(device), resolve_dtype(dtype))
 
 
 def check_attention(source: str, config: PretrainedConfig, attn_implementation: str | None) -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import ROOT
+from transformers import BitsAndBytesConfig
 
-from h2s import PrefixTuningPolicyModel
+from h2s import PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer, load_contexts
 from h2s.models import load_base_model, load_tokenizer, resolve_embedded
 from h2s.prefix.chat_template import ChatPrefix
 from h2s.prefix.generation import Batch, Sampling
@@ -122,6 +123,44 @@ def test_first_pass_ratio_is_one_and_replies_end():
         alone = [policy.module(*batch.rows(torch.tensor([row])))[0].sum() for row in range(len(prompts))]
     assert (logps.sum(1) - torch.stack(alone)).exp().sub(1).abs().max() < 1e-4
     assert (logps - ref_logps).abs().max() < 1e-3
+
+
+def test_a_base_in_4_bits(tmp_path):
+    """Equal to the hard prompt on the same quantised weights, which are an eighth of float32's; and PPO moves it."""
+    policies = [
+        PrefixTuningPolicyModel.from_hard_prompt(
+            "embedded:gemma-3-270m", SENTENCE, dtype="float32", quantization_config=config
+        )
+        for config in (None, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    ]
+    assert [policy.difference_to_hard_prompt() < 1e-5 for policy in policies] == [True, True]
+    layers, whole = zip(*(megabytes(policy.model.get_base_model()) for policy in policies), strict=True)
+    print(f"MB in float32, in 4 bits: layers {layers}, with the embeddings {whole}")
+    assert layers[1] < layers[0] / 7 and whole[1] < whole[0]
+    trainer = SingleStepPPOTrainer(
+        model=policies[1],
+        reward_funcs=lambda completions, **kwargs: [float(len(c[0]["content"])) for c in completions],
+        args=SingleStepPPOConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=1,
+            per_device_train_batch_size=4,
+            max_completion_length=8,
+            value_warmup_batches=0,
+            scale_rewards=False,
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=load_contexts(str(ROOT / "recipes" / "sample_data" / "contexts.json")),
+    )
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert abs(line["policy/ratio"] - 1) < 1e-4 and line["grad_norm"] > 0 and abs(line["kl"]) < 1e-2
+
+
+def megabytes(model):
+    """Of its linear layers but the head, and of all its parameters."""
+    sizes = {name: p.numel() * p.element_size() / 1e6 for name, p in model.named_parameters()}
+    return sum(size for name, size in sizes.items() if "_proj" in name), sum(sizes.values())
 
 
 def test_reward_learns_the_sample_sheet_and_policy_runs_on_it(tmp_path):

@@ -23,6 +23,7 @@ RUN = {
     "The Hub": ["bash"],
     "Using an adapter": ["python", "bash"],
     "A dial, and": ["python"],
+    "A base in 4": ["bash", "python"],
     "Coming from": ["bash", "python"],
 }
 REWARD_COMMAND = "python recipes/train_reward.py --config recipes/embedded/reward.yaml"
@@ -147,6 +148,18 @@ def test_a_dial_and_several_prefixes(checkout, gemma_folder, capsys):
         *(soft(PrefixTuningPolicyModel.from_pretrained(f"outputs/{name}")) for name in ("kind", "half-kind")),
     )
     assert torch.allclose(half, (start + kind) / 2, atol=1e-6) and names["policy"].active == "default"
+
+
+def test_a_base_in_4_bits(checkout, recipes, capsys):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    base = save_gemma(checkout / "tiny", **sizes)
+    commands, python = (block.replace("embedded:gemma-3-270m", str(base)) for block in blocks("A base in 4 bits"))
+    run_commands(recipes, commands)
+    names: dict = {}
+    exec(python, names)
+    small = PrefixTuningPolicyModel.from_pretrained("outputs/small")
+    assert small.prefix.quantization == names["policy"].prefix.quantization != {}
+    assert torch.equal(soft(small), soft(PrefixTuningPolicyModel.from_pretrained("outputs/small-too")))
 
 
 def test_coming_from_the_prototype(checkout, gemma_folder, bert_folder, recipes, capsys):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -77,17 +78,16 @@ def build_tokenizer(extra: int = 0) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_gemma(folder: Path, extra: int = 0, positions: int = 1024) -> Path:
+def save_gemma(folder: Path, extra: int = 0, positions: int = 1024, **sizes: Any) -> Path:
+    """A tiny Gemma 3 with its tokenizer; `sizes` are settings of its configuration."""
     tokenizer = build_tokenizer(extra)
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=len(tokenizer) - extra,
-        hidden_size=32,
-        intermediate_size=48,
+        **{"hidden_size": 32, "intermediate_size": 48, "head_dim": 8} | sizes,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"] * 2,
         max_position_embeddings=positions,

@@ -3,9 +3,9 @@
 from h2s.prefix.chat_template import ChatPrefix
 
 USE = """from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, {name}pipeline
 
-model = AutoPeftModelForCausalLM.from_pretrained({source})
+{line}model = AutoPeftModelForCausalLM.from_pretrained({source}{argument})
 tokenizer = AutoTokenizer.from_pretrained({source})
 chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
 chat({messages})"""
@@ -27,6 +27,14 @@ def describe(prefix: ChatPrefix, source: str) -> tuple[str, str]:
     about = f"A soft prefix of {len(prefix.token_ids)} virtual tokens. It began as this hard prompt:\n\n> {prompt}"
     if words := prefix.question_prefix:
         about += f"\n\nIts chat template puts {words!r} in front of the question that the assistant begins with."
-    return about + CACHE.format(length=len(prefix.token_ids)), USE.format(
-        source=source, messages=EXAMPLES[prefix.first_role]
-    )
+    quantized = dict.fromkeys(("name", "line", "argument"), "")
+    if prefix.quantization is not None:
+        about += "\n\nIt was made on its base in 4 bits, and is used on it so."
+        settings = ", ".join(f"{name}={value!r}" for name, value in prefix.quantization.items())
+        quantized = {
+            "name": "BitsAndBytesConfig, ",
+            "line": f"in_4_bits = BitsAndBytesConfig({settings})\n",
+            "argument": ", quantization_config=in_4_bits",
+        }
+    about += CACHE.format(length=len(prefix.token_ids))
+    return about, USE.format(source=source, messages=EXAMPLES[prefix.first_role], **quantized)

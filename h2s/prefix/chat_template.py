@@ -26,7 +26,13 @@ logger = logging.getLogger(__name__)
 
 H2S_FILE = "h2s.json"
 # What it means where an adapter from before these keys does not say it.
-MADE_BEFORE: dict[str, Any] = {"chat_template_kwargs": {}, "start": None, "seen": [UNKNOWN], "question_prefix": ""}
+MADE_BEFORE: dict[str, Any] = {
+    "chat_template_kwargs": {},
+    "start": None,
+    "seen": [UNKNOWN],
+    "question_prefix": "",
+    "quantization": None,
+}
 
 # Conversations that begin in unlike ways: what all their renderings share is the prefix.
 PROBES = ("Hello there", "你好", "7 days", "(well)", "'s", "élan", "zebra", "🙂")
@@ -53,6 +59,7 @@ class ChatPrefix:
         start: the fingerprint of the soft prefix when it was converted (`h2s.prefix.adapter.fingerprint`).
         seen: ids of the conversations that trained or selected the adapter, its rewards and its judges.
         question_prefix: words in front of the question that the assistant begins with (`h2s.prefix.question_prefix`).
+        quantization: how its base is quantised as it loads, the arguments of `BitsAndBytesConfig`; None: it is not.
     """
 
     hard_prompt: str
@@ -63,6 +70,7 @@ class ChatPrefix:
     start: str | None = None
     seen: list[str] = field(default_factory=list)
     question_prefix: str = ""
+    quantization: dict[str, Any] | None = None
 
     @property
     def first_role(self) -> str:
@@ -97,6 +105,8 @@ class ChatPrefix:
             if not isinstance(prefix.chat_template_kwargs, dict) or not isinstance(prefix.seen, list):
                 raise TypeError
             if not all(isinstance(conversation, str) for conversation in prefix.seen):
+                raise TypeError
+            if not isinstance(prefix.quantization, dict | None):
                 raise TypeError
             return prefix
         except (ValueError, LookupError, TypeError, RecursionError):

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from datasets import Dataset
 from peft import TaskType
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from h2s.data.messages import Messages
 from h2s.data.splits import UNKNOWN
@@ -20,7 +20,8 @@ from h2s.prefix.families import check_family
 from h2s.prefix.legacy import OPENING_USER_MESSAGE, QUESTION_PREFIX, LegacyCheckpoint, LegacyPrefix
 from h2s.prefix.prompts import encode_beside
 from h2s.prefix.question_prefix import with_question_prefix
-from h2s.run.arguments import HardPromptArguments, read_hard_prompt
+from h2s.quantization import check_quantization, quantization_settings
+from h2s.run.arguments import QUANTIZATION, HardPromptArguments, quantization_config, read_hard_prompt
 from h2s.run.settings import NO_DEVICE_MAP
 
 
@@ -48,6 +49,9 @@ class OpenedPolicy:
     download: dict[str, Any] = field(default_factory=dict)
     legacy: LegacyPrefix | None = None
 
+    def __post_init__(self):
+        check_quantization(self.config, self.prefix.quantization)
+
     def encode(self, contexts: Dataset | Sequence[Messages], max_completion_length: int) -> list[list[int]]:
         """The token ids that follow the prefix for each context; none is too long for a completion beside it.
 
@@ -67,6 +71,16 @@ class OpenedPolicy:
             return self
         tokenizer, prefix = with_question_prefix(self.tokenizer, self.prefix, words)
         return replace(self, tokenizer=tokenizer, prefix=prefix)
+
+    def with_quantization(self, config: BitsAndBytesConfig | None) -> "OpenedPolicy":
+        """The same with its base quantised as it loads; None leaves it as it is saved.
+
+        Raises:
+            InputError: bitsandbytes in 4 bits is not meant or not there, or the base is saved quantised already.
+        """
+        if config is None:
+            return self
+        return replace(self, prefix=replace(self.prefix, quantization=quantization_settings(config)))
 
 
 def open_hard_prompt(
@@ -173,9 +187,11 @@ def open_policy(
         InputError: it names too much or too little, or what it names cannot be used.
     """
     settings = cast(dict | None, arguments.chat_template_kwargs)  # its __post_init__ has read a text
+    quantization = quantization_config(arguments)
     prompt = ["hard_prompt", "hard_prompt_file", "opening_user_message"]
     if prefix_adapter is not None:
-        _leave_out(arguments, "prefix_adapter", "model_name_or_path", "model_revision", *prompt, "chat_template_kwargs")
+        own = ["model_name_or_path", "model_revision", *prompt, "chat_template_kwargs", *QUANTIZATION]
+        _leave_out(arguments, "prefix_adapter", *own)
         opened = open_adapter(prefix_adapter)
     elif legacy_checkpoint is not None:
         _leave_out(arguments, "legacy_checkpoint", *prompt)
@@ -190,7 +206,7 @@ def open_policy(
             settings,
         )
     check_attention(opened.source, opened.config, arguments.attn_implementation)
-    return opened.with_question_prefix(question_prefix)
+    return opened.with_question_prefix(question_prefix).with_quantization(quantization)
 
 
 def _leave_out(arguments: HardPromptArguments, source: str, *keys: str) -> None:

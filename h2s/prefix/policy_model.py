@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from h2s.data.messages import Messages, as_messages, parse_messages
 from h2s.errors import InputError
@@ -37,6 +37,7 @@ from h2s.prefix.opened import OpenedPolicy, check_download, open_adapter, open_h
 from h2s.prefix.policy_module import PolicyModule
 from h2s.prefix.prompts import encode_beside
 from h2s.prefix.question_prefix import with_question_prefix
+from h2s.quantization import check_quantization, keep_trainable, quantization_settings
 from h2s.run.settings import NO_DEVICE_MAP
 
 # What `generate` sets itself, and the argument that says it.
@@ -89,6 +90,7 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
         revision: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
         device: str | torch.device | None = None,
         **download: Any,
     ) -> "PrefixTuningPolicyModel":
@@ -104,6 +106,8 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
             revision: of the model on the Hub.
             dtype: of a model that is to be loaded; `auto` is bfloat16 on CUDA and float32 elsewhere.
             attn_implementation: as transformers names them.
+            quantization_config: 4 bits, as transformers has them, for a model that is to be loaded; its layers compute
+                in `dtype`. It is kept with the adapter, whose base is quantised so wherever it loads.
             device: this process's own by default (Accelerate's `PartialState().device`).
             **download: `token` and `cache_dir`, as transformers has them.
 
@@ -116,11 +120,15 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
             opened = open_hard_prompt(
                 str(model), hard_prompt, opening_user_message, revision, chat_template_kwargs, **download
             )
-            return cls.load(opened.with_question_prefix(question_prefix), dtype, attn_implementation, device)
+            opened = opened.with_question_prefix(question_prefix).with_quantization(quantization_config)
+            return cls.load(opened, dtype, attn_implementation, device)
         if not isinstance(model, PreTrainedModel):
             raise InputError(f"model must be a name or a transformers model, got a {type(model).__name__}")
         check_download(download)
         check_family(model.config)
+        if quantization_config is not None:
+            raise InputError("quantization_config is for a name: a loaded model is quantised as it was loaded")
+        check_quantization(model.config, None)
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError(f"the model lies on several devices by device_map: {NO_DEVICE_MAP}")
         if os.path.isdir(model.name_or_path):
@@ -130,7 +138,9 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
         prefix = chat_prefix(tokenizer, hard_prompt, opening_user_message, chat_template_kwargs)
         wrap_chat_template(tokenizer, prefix)
         tokenizer, prefix = with_question_prefix(tokenizer, prefix, question_prefix)
-        model = model.requires_grad_(False).eval().to(device or PartialState().device)
+        if getattr(model, "is_loaded_in_4bit", False) and not model.hf_quantizer.pre_quantized:
+            prefix = replace(prefix, quantization=quantization_settings(model.config.quantization_config))
+        model = keep_trainable(model.requires_grad_(False).eval().to(device or PartialState().device))
         return cls._converted(model, tokenizer, prefix, revision)
 
     @classmethod
@@ -174,8 +184,15 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
         device: str | torch.device | None = None,
     ) -> "PrefixTuningPolicyModel":
         """The second step of both: the base model's weights, and the adapter's or the hard prompt's own prefix."""
-        base = load_base_model(opened.source, opened.revision, dtype, attn_implementation, **opened.download)
-        base = base.to(device or PartialState().device)
+        base = load_base_model(
+            opened.source,
+            opened.revision,
+            dtype,
+            attn_implementation,
+            device or PartialState().device,
+            opened.prefix.quantization,
+            **opened.download,
+        )
         if opened.legacy is None and opened.adapter is None:
             return cls._converted(base, opened.tokenizer, opened.prefix, opened.revision)
         model, prefix = random_prefix(base, len(opened.prefix.token_ids), opened.revision), opened.prefix

@@ -5,10 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import BitsAndBytesConfig
+from trl import ModelConfig, get_quantization_config
+
 from h2s.errors import InputError
 
 # Past 1 the direction of training is extrapolated, and nothing says that it stays good for long.
 LARGEST_STRENGTH = 1.5
+# TRL's ModelConfig has them under the same names.
+QUANTIZATION = ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 
 
 def _setting(help_text: str, default: Any = None) -> Any:
@@ -86,6 +91,9 @@ class HardPromptArguments(Section):
         "Of the frozen model; auto is bfloat16 on CUDA, float32 elsewhere.", "auto"
     )
     attn_implementation: str | None = _setting("Attention implementation, as transformers names them.")
+    load_in_4bit: bool | None = _setting("Quantise the frozen model to 4 bits as it loads (bitsandbytes).")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = _setting("Of these 4 bits; nf4 by default.")
+    use_bnb_nested_quant: bool | None = _setting("Quantise their scales too.")
     hard_prompt: str | None = _setting("The system prompt itself.")
     hard_prompt_file: str | None = _setting("A UTF-8 text file that holds the system prompt.")
     opening_user_message: str | None = _setting("A user message before conversations that begin with the assistant.")
@@ -280,6 +288,18 @@ class CompareArguments(GenerateArguments):
             raise InputError(f"best_of_n must be 0 or at least 2, got {self.best_of_n}")
         if self.strengths is not None:
             self.strengths = _strengths(self.strengths)
+
+
+def quantization_config(arguments: HardPromptArguments) -> BitsAndBytesConfig | None:
+    """What TRL makes of its `ModelConfig`'s settings of these names; None where nothing is quantised.
+
+    Raises:
+        InputError: one is given without `load_in_4bit`.
+    """
+    given = {name: value for name in QUANTIZATION if (value := getattr(arguments, name)) is not None}
+    if not arguments.load_in_4bit and (idle := given.keys() - {"load_in_4bit"}):
+        raise InputError(f"{' and '.join(sorted(idle))} would have no effect without load_in_4bit: true")
+    return get_quantization_config(ModelConfig(**given))
 
 
 def read_hard_prompt(arguments: HardPromptArguments) -> str:

@@ -11,6 +11,7 @@ from h2s.run.arguments import (
     PolicyModelArguments,
     RewardDatasetArguments,
     RewardModelArguments,
+    quantization_config,
     read_hard_prompt,
 )
 from h2s.run.recipe import parse_recipe, write_recipe
@@ -48,6 +49,29 @@ def test_hard_prompts_that_are_none(arguments, words, tmp_path, monkeypatch):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(InputError, match=words):
         read_hard_prompt(HardPromptArguments(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, None),
+        ({"load_in_4bit": False}, None),
+        ({"load_in_4bit": True}, ("nf4", False)),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True}, ("fp4", True)),
+    ],
+)
+def test_4_bits_as_trl_names_them(given, expected):
+    config = quantization_config(HardPromptArguments(**given))
+    assert (config and (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)) == expected
+    assert config is None or config.load_in_4bit
+
+
+@pytest.mark.parametrize(
+    "given", [{"bnb_4bit_quant_type": "nf4"}, {"use_bnb_nested_quant": True, "load_in_4bit": False}]
+)
+def test_settings_of_4_bits_that_are_not_asked_for(given):
+    with pytest.raises(InputError, match=rf"^{next(iter(given))} would have no effect without load_in_4bit: true$"):
+        quantization_config(HardPromptArguments(**given))
 
 
 def test_require():

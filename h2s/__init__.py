@@ -4,6 +4,11 @@ A hand-written system prompt becomes a soft prefix that starts out exactly equal
 moves only that prefix toward what people preferred (a reward model of their judgements, single-step PPO).
 """
 
+import logging
+
+# PEFT imports bitsandbytes where it is installed, which warns at once, on some CPUs, of a kernel that h2s leaves out.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
+
 from h2s.data.datasets import load_contexts, load_preferences
 from h2s.errors import InputError
 from h2s.ppo.config import SingleStepPPOConfig

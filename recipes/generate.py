@@ -6,8 +6,6 @@ python recipes/generate.py --policy_adapter outputs/policy
 
 import os
 
-from transformers import set_seed
-
 from h2s import InputError, PrefixTuningPolicyModel
 from h2s.data.messages import parse_messages
 from h2s.run.arguments import AdapterArguments, ConversationArguments, GenerateArguments
@@ -51,8 +49,8 @@ def main(run, argv: list[str] | None = None) -> None:
     if conversation is not None:  # what cannot be answered is told before a model loads
         opened.encode([conversation], args.max_completion_length)
     policy = PrefixTuningPolicyModel.load(opened)
-    sampling = {name: getattr(args, name) for name in ("max_completion_length", "temperature", "top_k", "top_p")}
-    set_seed(args.seed)
+    names = ("max_completion_length", "temperature", "top_k", "top_p", "seed")
+    sampling = {name: getattr(args, name) for name in names}
     if conversation is None:
         chat(policy, sampling)
     else:

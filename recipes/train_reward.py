@@ -7,14 +7,12 @@
 import logging
 from pathlib import Path
 
-from peft import PrefixTuningConfig, TaskType
-
 from h2s import RewardModelTrainer
 from h2s.data import splits
 from h2s.data.datasets import read_judgements
 from h2s.report.accuracy import cross_validate, sheet_report, write_accuracy
 from h2s.reward.config import TaskArguments
-from h2s.reward.encoder import open_encoder
+from h2s.reward.encoder import open_encoder, prefix_config
 from h2s.reward.pairs import readable_pairs
 from h2s.run import arguments
 from h2s.run.folder import run_recipe
@@ -37,7 +35,7 @@ def main(run, argv: list[str] | None = None) -> None:
     path, form = data_args.require("path", "dataset"), (data_args.sheet, data_args.columns, data_args.labels)
     judgements = read_judgements(path, True, *form, data_args.encoding)
     name = model_args.require("reward_model_name_or_path", "model")
-    prefix = PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=model_args.num_virtual_tokens)
+    prefix = prefix_config(model_args.num_virtual_tokens)
     source, tokenizer, args.max_tokens = open_encoder(name, prefix.num_virtual_tokens, model_args.max_tokens)
     pairs, seed = readable_pairs(judgements.dataset, tokenizer, args.max_tokens), data_args.split_seed
     roles = splits.split_for_models(pairs, seed, data_args.test_size, data_args.judge_share)

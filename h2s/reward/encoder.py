@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
@@ -131,6 +131,11 @@ def load_encoder(source: str) -> PreTrainedModel:
     except LOADING_ERRORS as error:
         cause = in_short(error)
         raise InputError(f"no sequence classification model can be loaded from {source}: {cause}") from error
+
+
+def prefix_config(num_virtual_tokens: int = 20) -> PrefixTuningConfig:
+    """A reward model's prefix as PEFT describes it."""
+    return PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=num_virtual_tokens)
 
 
 def add_reward_prefix(base: PreTrainedModel, config: PrefixTuningConfig) -> PeftModel:

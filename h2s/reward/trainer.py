@@ -27,6 +27,7 @@ from h2s.reward.encoder import (
     load_encoder,
     max_text_tokens,
     open_encoder,
+    prefix_config,
 )
 from h2s.reward.model import RewardModel
 from h2s.reward.pairs import PreferenceCollator, readable_pairs, tokenize_preferences
@@ -131,7 +132,7 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = args or RewardModelConfig()
-        peft_config = peft_config or PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=20)
+        peft_config = peft_config or prefix_config()
         if not isinstance(peft_config, PrefixTuningConfig) or peft_config.task_type != TaskType.SEQ_CLS:
             raise InputError(f"peft_config must be a PrefixTuningConfig of task SEQ_CLS, got {peft_config!r}")
         check_pairs(train_dataset, "train_dataset")

@@ -141,7 +141,7 @@ def test_reward_learns_the_sample_sheet_and_policy_runs_on_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """The five recipes by the YAMLs of recipes/smollm2-135m-instruct on a part of their data; the folder of their runs."""
+    """The five recipes by the YAMLs in recipes/, on a part of their data: the folder of their runs."""
     out, yamls, data = tmp_path_factory.mktemp("smollm2"), ROOT / "recipes" / SMOLLM2, ROOT / "recipes" / "sample_data"
     pd.read_excel(data / "judgements.xlsx").head(64).to_excel(out / "sheet.xlsx", index=False)
     items = json.loads((data / "more_contexts.json").read_text(encoding="utf-8"))[:16]

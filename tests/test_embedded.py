@@ -21,6 +21,7 @@ from h2s.prefix.chat_template import ChatPrefix
 from h2s.prefix.generation import Batch, Sampling
 
 pytestmark = pytest.mark.embedded
+SMOLLM2 = "smollm2-135m-instruct"
 SENTENCE = "You are a friendly person who likes to ask short questions about what people did today. "
 CONTEXTS = [
     [{"role": "user", "content": "I went hiking today."}],
@@ -179,17 +180,19 @@ def test_reward_learns_the_sample_sheet_and_policy_runs_on_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """The five recipes by the YAMLs of recipes/smollm2-135m-instruct, made short; the folder of their runs."""
-    out, yamls = tmp_path_factory.mktemp("smollm2"), ROOT / "recipes" / "smollm2-135m-instruct"
+    """The five recipes by the YAMLs in recipes/, on a part of their data: the folder of their runs."""
+    out, yamls, data = tmp_path_factory.mktemp("smollm2"), ROOT / "recipes" / SMOLLM2, ROOT / "recipes" / "sample_data"
+    pd.read_excel(data / "judgements.xlsx").head(64).to_excel(out / "sheet.xlsx", index=False)
+    items = json.loads((data / "more_contexts.json").read_text(encoding="utf-8"))[:16]
+    (out / "contexts.json").write_text(json.dumps(items), encoding="utf-8")
     rewards = ["--reward_adapter", out / "reward", "--judge_adapter", out / "reward" / "judge"]
-    few, short = ["--test_size", 0.05], ["--max_completion_length", 12]
+    quiet, short = ["--report_to", "none", "--max_steps", 1], ["--max_completion_length", 12]
     for recipe, name, flags in (
         ("convert_prompt", "convert", []),
-        ("train_reward", "reward", ["--report_to", "none", "--max_steps", 1]),
-        ("train_policy", "policy", [*rewards, *few, *short, "--max_steps", 1, "--per_device_train_batch_size", 4,
-                                    "--eval_steps", 1, "--value_warmup_batches", 0, "--scale_rewards", "false",
-                                    "--report_to", "none"]),
-        ("compare", "compare", [*rewards, *few, *short, "--policy_adapter", out / "policy"]),
+        ("train_reward", "reward", [*quiet, "--path", out / "sheet.xlsx"]),
+        ("train_policy", "policy", [*rewards, *quiet, *short, "--path", out / "contexts.json", "--scale_rewards",
+                                    "false", "--per_device_train_batch_size", 4, "--value_warmup_batches", 0]),
+        ("compare", "compare", [*rewards, *short, "--path", out / "contexts.json", "--policy_adapter", out / "policy"]),
     ):  # fmt: skip
         run(recipe, "--config", yamls / f"{name}.yaml", "--output_dir", out, "--run_name", name, *flags)
     return out
@@ -219,7 +222,7 @@ def test_an_instruct_model_ends_its_turns_and_reads_its_own_template(smollm2):
         assert whole == expected.removesuffix("None<|im_end|>\n")
     completions = policy.complete(prompts, Sampling(48, temperature=0))
     assert sum(c[-1] == 2 for c in completions) >= 2
-    base = load_base_model(resolve_embedded("embedded:smollm2-135m-instruct"), dtype="float32")
+    base = load_base_model(resolve_embedded(f"embedded:{SMOLLM2}"), dtype="float32")
     for prompt, completion in zip(prompts, completions, strict=True):  # each as it is answered alone, as text
         ids = policy.prefix.token_ids + prompt + completion
         with torch.no_grad():

@@ -286,13 +286,14 @@ REFUSED = {
     "t5": "no decoder-only language models",
     "bart": "no decoder-only language models",
     "bert": "encoders, which read a text from both sides",
+    "mamba": "no place in their layers of linear_attention",
     "falcon_mamba": "no place in their layers of linear_attention",
     "jamba": "no place in their layers of linear_attention",
     "falcon_h1": "no place in their layers of hybrid",
     "qwen3_next": "no place in their layers of linear_attention",
     "qwen3_5": "no place in their layers of linear_attention",
     "nemotron_h": "no place in their layers of linear_attention, mlp, moe",
-    "llama4_text": "no place in their layers of chunked_attention",
+    "llama4": "no place in their layers of chunked_attention",
     "rwkv": "they keep a state",
     "deepseek_v3": "their keys are wider than their values",
     "minicpm3": "their keys are wider than their values",
@@ -300,14 +301,17 @@ REFUSED = {
     "gemma4": "layers have keys of unlike sizes or share them",
     "falcon": "one key for all",
     "bloom": "does not say how many tokens they take",
+    "mpt": "does not say how many tokens they take",
+    "cohere": r"scale their logits \(logit_scale 0.0625\)",
     "cohere2": r"scale their logits \(logit_scale 0.0625\)",
+    "granite": r"scale their logits \(logits_scaling 8\)",
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_prefix_cannot_serve_is_refused_by_name(name):
     with pytest.raises(InputError, match=f"^{name} models cannot be used: .*{REFUSED[name]}.*; expected another chat"):
-        check_family(AutoConfig.for_model(name))
+        check_family(AutoConfig.for_model(name, **({"logits_scaling": 8} if name == "granite" else {})))
 
 
 def test_it_is_refused_before_weights_load(families, tmp_path, refused):

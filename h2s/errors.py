@@ -22,5 +22,9 @@ class RunError(RuntimeError):
     """A run cannot go on, through no fault of its input's form. Every process raises it; it says what happened."""
 
 
+class PushError(RunError):
+    """The Hub did not take an adapter. Nothing of the run is lost by it; the message says what the Hub said."""
+
+
 class Terminated(BaseException):
     """A SIGTERM came, and what could be saved is saved."""

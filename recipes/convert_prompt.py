@@ -37,6 +37,7 @@ def main(run, argv: list[str] | None = None) -> None:
     #########
     legacy_file = model_args.legacy_checkpoint
     opened = open_policy(model_args, legacy_checkpoint=legacy_file, question_prefix=data_args.question_prefix)
+    run.check_push(args, opened.source)
     folder = run.start(model_args, data_args, args)
 
     ###########
@@ -69,15 +70,7 @@ def main(run, argv: list[str] | None = None) -> None:
         return
     policy.save_pretrained(folder, f"{measured}.")
     logger.info("saved to %s in %.0f s", folder, time.time() - started)
-    if args.push_to_hub:
-        url = policy.push_to_hub(
-            args.hub_model_id or folder.name,
-            f"{measured}.",
-            private=args.hub_private_repo,
-            token=args.hub_token,
-            revision=args.hub_revision,
-        )
-        logger.info("pushed to %s", url)
+    run.push(args)
 
 
 if __name__ == "__main__":

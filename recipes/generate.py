@@ -13,6 +13,7 @@ from h2s.data.messages import parse_messages
 from h2s.run.arguments import AdapterArguments, ConversationArguments, GenerateArguments
 from h2s.run.folder import run_recipe
 from h2s.run.recipe import parse_recipe
+from h2s.run.terminal import printable
 
 
 def chat(policy, sampling: dict) -> None:
@@ -35,7 +36,7 @@ def chat(policy, sampling: dict) -> None:
             print(f"(not answered: {error})")
             conversation.pop()
             continue
-        print(f"assistant: {reply}", flush=True)
+        print(f"assistant: {printable(reply)}", flush=True)
         conversation.append({"role": "assistant", "content": reply or "…"})
 
 
@@ -55,7 +56,7 @@ def main(run, argv: list[str] | None = None) -> None:
     if conversation is None:
         chat(policy, sampling)
     else:
-        print(policy.reply(conversation, **sampling))
+        print(printable(policy.reply(conversation, **sampling)))
 
 
 if __name__ == "__main__":

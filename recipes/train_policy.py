@@ -39,13 +39,14 @@ def main(run, argv: list[str] | None = None) -> None:
     seen_by = {"policy": opened.prefix.seen} | {name: scorer.seen for name, scorer in scorers.items()}
     parts["test"], aside = splits.set_aside_seen(parts["test"], seen_by)
     SingleStepPPOTrainer.check(args, parts["train"], parts["validation"], scorers)
+    run.check_push(args, opened.source)
 
     #########
     # Model #
     #########
     folder = run.start(model_args, data_args, args, resume=args.resume_from_checkpoint, **DEFAULTS)
     args.output_dir = str(folder)
-    push_to_hub, args.push_to_hub = args.push_to_hub, False  # at the end, with the report
+    args.push_to_hub = False  # at the end, with the report
     logger.info("contexts that train %d, select %d, are reported %d", *(len(p) for p in parts.values()))
     logger.info("for the report %s", aside)
     splits.warn_of_few(parts["test"], parts["validation"])
@@ -82,8 +83,7 @@ def main(run, argv: list[str] | None = None) -> None:
     logger.info("side by side, and how far each layer moved: %s", write_what_changed(table, policy, names, folder))
     policy.write_card(folder, measured)  # the adapter lies there already
     logger.info("the adapter of the kept step is in %s", folder)
-    if push_to_hub:
-        logger.info("pushed to %s", trainer.push_to_hub(report=measured))
+    run.push(args)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def main(run, argv: list[str] | None = None) -> None:
     pairs, seed = readable_pairs(judgements.dataset, tokenizer, args.max_tokens), data_args.split_seed
     roles = splits.split_for_models(pairs, seed, data_args.test_size, data_args.judge_share)
     folds = [] if data_args.folds is None else splits.folds_by_conversation(pairs, data_args.folds, seed)
+    run.check_push(args, source, *(role for role in roles if role != "reward"))
     folder = run.start(model_args, data_args, args, resume=args.resume_from_checkpoint, **DEFAULTS)
-    push_to_hub, args.push_to_hub = args.push_to_hub, False  # at the end, with the report
+    args.push_to_hub = False  # at the end, with the report
     logger.info("%s\n%s", judgements.summary(), sheet_report(judgements))
 
     ############
@@ -81,8 +82,8 @@ def main(run, argv: list[str] | None = None) -> None:
         logger.info("%s: %s", role, text)
         trainer.reward_model.save_pretrained(where, f"{text}\n\nThis is the {role} model of its run.")
         logger.info("saved to %s", where)
-        if push_to_hub and role == "reward":
-            logger.info("pushed to %s", trainer.push_to_hub(report=text))
+    if run.is_main_process:
+        run.push(args)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,8 @@ import pytest
 import torch
 import transformers
 import yaml
+from hub_server import Repository, running_hub
+from huggingface_hub import constants
 from tiny import (
     COLUMNS,
     HARD_PROMPT,
@@ -53,6 +56,37 @@ def loud_bert(bert_folder, tmp_path_factory) -> str:
     model.save_pretrained(folder)
     load_tokenizer(str(bert_folder)).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def published(gemma_folder, loud_bert, tmp_path_factory) -> dict[str, Path]:
+    """The tiny models under their names on the Hub, as folders of the Hub's cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    folders = {}
+    for name, source in (("makers/tiny-gemma", gemma_folder), ("makers/tiny-bert", loud_bert)):
+        snapshot = (
+            cache / f"models--{name.replace('/', '--')}" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+        )
+        folders[name] = Path(shutil.copytree(source, snapshot))
+    return folders
+
+
+@pytest.fixture
+def hub(published, monkeypatch, tmp_path_factory):
+    """A Hub over HTTP that holds the tiny models; this process is logged in there as `me`."""
+    with running_hub() as hub:
+        for name, folder in published.items():
+            repository = hub.repositories[name] = Repository()
+            repository.commits[folder.name] = {f.name: f.read_bytes() for f in folder.iterdir()}
+            repository.refs["main"] = folder.name
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("downloads")))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # else it asks the Hub that it was made for
+        monkeypatch.setenv("HF_TOKEN", "hf_of_me")
+        yield hub
 
 
 @pytest.fixture
@@ -102,9 +136,9 @@ def sheet_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def recipes():
-    """The five recipes as modules."""
+    """The recipes as modules."""
     modules = {}
-    for name in RECIPES:
+    for name in (*RECIPES, "push"):
         spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
         modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(modules[name])

@@ -1,13 +1,14 @@
 import pytest
 
 from h2s import InputError
-from h2s.errors import RunError, Terminated, in_short
+from h2s.errors import PushError, RunError, Terminated, in_short
 
 
 def test_whose_fault_it_is():
     """Bad input is a ValueError, as a user of the API expects; no `except Exception` swallows the end of a run."""
     assert issubclass(InputError, ValueError)
     assert issubclass(RunError, RuntimeError) and not issubclass(RunError, ValueError)
+    assert issubclass(PushError, RunError)
     assert not issubclass(Terminated, Exception)
 
 

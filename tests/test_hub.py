@@ -1,11 +1,10 @@
-"""Adapters on a Hub that is only recorded, and the card: what it says, and that what it says to run runs."""
+"""Adapters in folders, and the card: what it says, and that what it says to run runs. (`test_hub_http.py`: the Hub.)"""
 
 import json
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -14,16 +13,7 @@ from transformers import pipeline
 
 from h2s import InputError, PrefixTuningPolicyModel
 from h2s import hub as hub_module
-from h2s.hub import adapter_folder, write_card
-
-FILES = {
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "h2s.json",
-    "README.md",
-}
+from h2s.hub import adapter_folder, hub_name, write_card
 
 
 @pytest.fixture(params=["policy", "reward"])
@@ -31,65 +21,6 @@ def adapter(request, gemma_folder, bert_folder):
     if request.param == "reward":
         return build_reward_model(bert_folder)
     return PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT)
-
-
-# Push
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """What was done to the Hub: each call's name and arguments, and of an upload what the folder held."""
-    done = []
-
-    class Api:
-        def __init__(self, token):
-            done.append(("token", token))
-
-        def create_repo(self, name, private, exist_ok):
-            done.append(("create", name, private, exist_ok))
-            repo = name if "/" in name else f"me/{name}"
-            return type("Url", (str,), {"repo_id": repo})(f"https://huggingface.co/{repo}")
-
-        def create_branch(self, repo_id, branch, exist_ok):
-            done.append(("branch", repo_id, branch, exist_ok))
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns, revision, commit_message):
-            held = {str(f.relative_to(folder_path)): f for f in Path(folder_path).rglob("*")}
-            card = held["README.md"].read_text(encoding="utf-8")
-            done.append(
-                ("upload", repo_id, revision, commit_message, set(held), set(allow_patterns), card, folder_path)
-            )
-
-    monkeypatch.setattr(hub_module, "HfApi", Api)
-    return done
-
-
-@pytest.mark.parametrize(("name", "repo"), [("you/kind", "you/kind"), ("kind", "me/kind")])
-def test_push_is_one_commit_of_the_adapter_and_nothing_else(adapter, hub, name, repo, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    files = FILES | ({"chat_template.jinja"} if isinstance(adapter, PrefixTuningPolicyModel) else set())
-    url = adapter.push_to_hub(name, "Measured: much.", private=True, token="secret", commit_message="First")
-    assert url == f"https://huggingface.co/{repo}"
-    token, created, (*upload, held, allowed, card, folder) = hub
-    assert (token, created) == (("token", "secret"), ("create", name, True, True))
-    assert upload == ["upload", repo, None, "First"]
-    assert held == files and files <= allowed and not any("*" in pattern for pattern in allowed)
-    assert card.count(f'.from_pretrained("{repo}"') == card.count(".from_pretrained(") == 2
-    assert "revision" not in card and "Measured: much." in card and "secret" not in card
-    assert not Path(folder).exists() and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("revision", "branches"), [("second", [("branch", "you/kind", "second", True)]), ("refs/pr/1", [])]
-)
-def test_a_revision_is_pushed_to_and_loaded_from(adapter, hub, revision, branches):
-    """A branch is made where it is new; a pull request is none."""
-    adapter.push_to_hub("you/kind", revision=revision)
-    assert [call for call in hub if call[0] == "branch"] == branches
-    (upload,) = [call for call in hub if call[0] == "upload"]
-    assert hub.index(upload) == len(hub) - 1 and upload[1:4] == ("you/kind", revision, "Adapter")
-    card = upload[-2]
-    assert card.count(f'.from_pretrained("you/kind", revision="{revision}"') == card.count(".from_pretrained(") == 2
 
 
 # Download
@@ -142,6 +73,38 @@ def test_an_adapter_that_the_hub_does_not_give(error, monkeypatch):
         InputError, match=r"you/kind is no folder, and the Hub gives no such adapter: (offline now|bad)"
     ):
         adapter_folder("you/kind")
+
+
+# The base model's name
+
+
+@pytest.mark.parametrize(
+    ("base", "known"),
+    [
+        ("google/gemma-3-1b-it", ("google/gemma-3-1b-it", None)),
+        ("gpt2", ("gpt2", None)),
+        ("models--google--gemma-3-1b-it/snapshots/abc", ("google/gemma-3-1b-it", "abc")),
+        ("models--gpt2/snapshots/abc", ("gpt2", "abc")),
+        ("datasets--google--x/snapshots/abc", None),
+        ("gemma/snapshots/abc", None),
+        ("models--google--gemma", None),
+        ("google/gemma", None),
+    ],
+)
+def test_the_name_by_which_anybody_loads_a_base(base, known, tmp_path, monkeypatch):
+    """A folder's is known in the Hub's cache alone, and a folder of that name comes first, as it does when it loads."""
+    monkeypatch.chdir(tmp_path)
+    if base not in ("google/gemma-3-1b-it", "gpt2"):
+        (tmp_path / base).mkdir(parents=True)
+        # What this one was made from, say.
+        (tmp_path / base / "config.json").write_text('{"_name_or_path": "google/gemma-3-1b-it"}', encoding="utf-8")
+        assert hub_name(str(tmp_path / base)) == known
+    assert hub_name(base) == known
+
+
+@pytest.mark.parametrize("base", ["/home/alice/gemma", "../gemma", "C:\\models\\gemma", "a/b/c"])
+def test_a_folder_that_is_gone_is_no_name(base):
+    assert hub_name(base) is None
 
 
 # The card

@@ -20,6 +20,7 @@ README = READMES[0].read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- not run by a test[^:\n]*: [^\n]+ -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
 RUN = {
     "From Python": ["python"] * 3,
+    "The Hub": ["bash"],
     "Using an adapter": ["python", "bash"],
     "A dial, and": ["python"],
     "Coming from": ["bash", "python"],
@@ -133,6 +134,19 @@ def test_a_dial_and_several_prefixes(checkout, gemma_folder, capsys):
         *(soft(PrefixTuningPolicyModel.from_pretrained(f"outputs/{name}")) for name in ("kind", "half-kind")),
     )
     assert torch.allclose(half, (start + kind) / 2, atol=1e-6) and names["policy"].active == "default"
+
+
+def test_the_hub(checkout, hub, published, recipes, capsys):
+    """As it stands, but for who `user` is, and a base that is small."""
+    (commands,) = blocks("The Hub")
+    commands = commands.replace("user/", "me/").replace("google/gemma-3-1b-it", str(published["makers/tiny-gemma"]))
+    convert, push, generate = commands.splitlines()
+    run_commands(recipes, convert)
+    run_commands(recipes, push)
+    assert hub.repositories["me/kind"].private
+    assert capsys.readouterr().out.count(f"pushed to {hub.url}/me/kind\n") == 2
+    run_commands(recipes, generate, "--max_completion_length", "4", "--seed", "1")
+    assert capsys.readouterr().out.strip()
 
 
 def test_coming_from_the_prototype(checkout, gemma_folder, bert_folder, recipes, capsys):

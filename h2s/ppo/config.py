@@ -8,7 +8,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from h2s.errors import InputError
-from h2s.run.settings import NO_EFFECT, check_schedule, check_settings
+from h2s.run.settings import NO_EFFECT, check_reports, check_schedule, check_settings
 
 # Settings of Trainer that keep their default in this stage alone, and why.
 REFUSED = {
@@ -177,6 +177,7 @@ class SingleStepPPOConfig(TrainingArguments):
                 "sampled would be scored otherwise; dtype bfloat16 loads the model in it, accelerate launch "
                 "--mixed_precision no turns the other off"
             )
+        check_reports(self)
         check_schedule(self)
         self.metric_for_best_model = chosen  # transformers puts the loss in, which no evaluation here measures
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from h2s.ppo.contexts import check_columns
 from h2s.ppo.value_head import ValueHead
-from h2s.prefix.adapter import load_weights
+from h2s.prefix.adapter import SOFT, load_weights
 from h2s.prefix.generation import Sampling
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
 from h2s.report.comparison import of_hard_prompt, over_optimisation_line, over_optimised, summarise, unfair_match
@@ -39,6 +39,7 @@ class EvaluatedPolicy(WholeCheckpoints):
     compared_sampling: Sampling
     value_head: ValueHead
     control: Any
+    learnt_from = ("prompt_ids",)
 
     def compare(self, contexts: Dataset) -> pd.DataFrame:
         """Soft against hard on contexts that nothing was chosen by: the table of `soft_vs_hard`, scored as here."""
@@ -68,6 +69,17 @@ class EvaluatedPolicy(WholeCheckpoints):
             self._warn(f"{over_optimisation_line(*verdict)}; the adapter of step {self.state.best_global_step} is kept")
         return metrics
 
+    def began_with(self) -> dict[str, Any]:
+        """Also the prompt, what it is compared with, and the rewards, whose unit is measured at the beginning."""
+        args, prefix = self.args, self.policy.prefix
+        return super().began_with() | {
+            "model": Path(self.policy.model.peft_config[SOFT].base_model_name_or_path).name,  # it may have been moved
+            "hard_prompt": [message["content"] for message in prefix.opening_messages],
+            "rewards": {name: scorer.described() for name, scorer in self.scorers.items()},
+            "scale_rewards": args.scale_rewards,
+            "value_warmup_batches": args.value_warmup_batches,
+        }
+
     def _warn(self, line: str | None) -> None:
         if line is not None and self.is_world_process_zero():
             logger.warning(line)
@@ -81,9 +93,7 @@ class EvaluatedPolicy(WholeCheckpoints):
         line = next(line for line in evaluations if line["step"] == state.best_global_step)
         metrics = {name.removeprefix("eval_"): value for name, value in line.items()}
         step = f"{state.best_global_step} of {state.max_steps}"
-        value = metrics.get(asked)
-        if value != state.best_metric:
-            return f"Step {step} is kept, chosen by another metric before the run went on with {asked}."
+        value = metrics[asked]
         hard, by = of_hard_prompt(asked, metrics), f"{SELECTS.get(asked, asked)} on {metrics['contexts']:.0f} contexts"
         if value > hard if self.args.greater_is_better else value < hard:
             return f"Step {step} is kept, the best one, chosen by {by}."

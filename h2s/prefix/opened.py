@@ -13,7 +13,7 @@ from h2s.data.messages import Messages
 from h2s.data.splits import UNKNOWN
 from h2s.errors import InputError
 from h2s.hub import adapter_folder
-from h2s.models import load_config, load_tokenizer, model_source, room_for_text
+from h2s.models import check_attention, load_config, load_tokenizer, model_source, room_for_text
 from h2s.prefix.adapter import read_adapter_config
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
 from h2s.prefix.legacy import OPENING_USER_MESSAGE, QUESTION_PREFIX, LegacyCheckpoint, LegacyPrefix
@@ -172,19 +172,21 @@ def open_policy(
     prompt = ["hard_prompt", "hard_prompt_file", "opening_user_message"]
     if prefix_adapter is not None:
         _leave_out(arguments, "prefix_adapter", "model_name_or_path", "model_revision", *prompt, "chat_template_kwargs")
-        return open_adapter(prefix_adapter).with_question_prefix(question_prefix)
-    if legacy_checkpoint is not None:
+        opened = open_adapter(prefix_adapter)
+    elif legacy_checkpoint is not None:
         _leave_out(arguments, "legacy_checkpoint", *prompt)
         model = arguments.require("model_name_or_path", "model")
         opened = open_legacy(model, legacy_checkpoint, arguments.model_revision, settings)
-        return opened.with_question_prefix(question_prefix)
-    return open_hard_prompt(
-        arguments.require("model_name_or_path", "model"),
-        read_hard_prompt(arguments),
-        arguments.opening_user_message,
-        arguments.model_revision,
-        settings,
-    ).with_question_prefix(question_prefix)
+    else:
+        opened = open_hard_prompt(
+            arguments.require("model_name_or_path", "model"),
+            read_hard_prompt(arguments),
+            arguments.opening_user_message,
+            arguments.model_revision,
+            settings,
+        )
+    check_attention(opened.source, opened.config, arguments.attn_implementation)
+    return opened.with_question_prefix(question_prefix)
 
 
 def _leave_out(arguments: HardPromptArguments, source: str, *keys: str) -> None:

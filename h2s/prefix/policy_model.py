@@ -20,7 +20,6 @@ from h2s.errors import InputError
 from h2s.hub import SavedAdapter, write_card
 from h2s.models import load_base_model, load_tokenizer, model_source
 from h2s.prefix.adapter import (
-    SOFT,
     fill,
     fingerprint,
     load_prefix,
@@ -146,7 +145,8 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
         """Load a policy adapter and the model that it was made for.
 
         Args:
-            folder_or_hub_id: an adapter made by `save_pretrained`, `convert_prompt.py` or `train_policy.py`.
+            folder_or_hub_id: an adapter made by `save_pretrained`, `convert_prompt.py` or `train_policy.py`: a folder,
+                or a repository `user/name` or `user/name@revision`.
             revision: of the adapter on the Hub.
             dtype: of the frozen model; `auto` is bfloat16 on CUDA and float32 elsewhere.
             attn_implementation: as transformers names them.
@@ -195,9 +195,9 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
         save_adapter(self.model, self.tokenizer, self.prefix, folder, is_main_process)
 
     def _write_card(self, folder: Path, report: str, source: str) -> None:
-        base = self.model.peft_config[SOFT].base_model_name_or_path
         about, use = describe(self.prefix, source)
-        write_card(folder, "A system prompt as a soft prefix", base, about, report, use, "text-generation", [])
+        title = "A system prompt as a soft prefix"
+        write_card(folder, title, self.base_model, about, report, use, "text-generation", [])
 
     def difference_to_hard_prompt(self) -> float:
         """The largest difference of a logit between the prefix and the hard prompt as text, on an example conversation.

@@ -8,7 +8,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import RewardConfig
 
 from h2s.errors import InputError
-from h2s.run.settings import NO_EFFECT, check_schedule, check_settings
+from h2s.run.settings import NO_EFFECT, check_reports, check_schedule, check_settings
 
 # Settings of TRL's and Trainer's that keep their default in this stage alone, and why.
 REFUSED = {
@@ -89,6 +89,7 @@ class RewardModelConfig(RewardConfig):
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
+        check_reports(self)
         check_schedule(self)
         evaluated, saved = IntervalStrategy(self.eval_strategy).value, SaveStrategy(self.save_strategy).value
         steps = {"steps": (self.eval_steps, self.save_steps)}.get(evaluated, (None, None))

@@ -26,7 +26,7 @@ from h2s.data.datasets import NOT_HANDED_ON
 from h2s.data.messages import Messages
 from h2s.errors import InputError
 from h2s.hub import adapter_folder
-from h2s.prefix.adapter import read_adapter_config
+from h2s.prefix.adapter import fingerprint, read_adapter_config
 from h2s.reward.model import RewardModel, read_settings
 
 # (prompts=, completions=, completion_ids=, every other column, trainer_state=, log_extra=, log_metric=) -> a number or
@@ -165,6 +165,12 @@ class RewardFunctions:
         models = [f for f in self.functions if isinstance(f, RewardModel)]
         return {c for f in adapters for c in read_settings(f)["seen"]} | {c for f in models for c in f.seen}
 
+    def described(self) -> list[str]:
+        """Each reward by its name, its weight, and of a reward model the fingerprint of its prefix."""
+        prints = [f" {fingerprint(f.model)[:8]}" if isinstance(f, RewardModel) else "" for f in self.functions]
+        rows = zip(self.names, prints, self.weights.tolist(), strict=True)
+        return [f"{name}{of_model} times {weight:g}" for name, of_model, weight in rows]
+
     def cuts(self) -> Counter:
         """How many contexts and responses its reward models cut to what they take."""
         return sum((f.cuts for f in self.functions if isinstance(f, RewardModel)), Counter())
@@ -245,18 +251,24 @@ def open_scorers(
 def load_reward_function(path: str) -> RewardFunction:
     """Import a reward function by its dotted path, from the current folder or an installed package.
 
+    With a folder in front (`../mine/my_rewards.asks_back`) it is imported from there.
+
     Raises:
         InputError: there is no such module or name in it, or it cannot be called.
     """
-    module, _, name = path.rpartition(".")
-    if not module or path.startswith("."):
+    given, dotted = os.path.split(path)
+    module, _, name = dotted.rpartition(".")
+    if not module or dotted.startswith("."):
         raise InputError(f"reward_function must be a dotted path such as my_rewards.asks_back, got {path!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    folder = os.path.abspath(given)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"reward_function {path} cannot be imported: {error}") from error
+        raise InputError(
+            f"reward_function {path} cannot be imported: {error} (looked for in {folder} and among installed packages)"
+        ) from error
     if not callable(function):
         raise InputError(f"reward_function {path} is a {type(function).__name__}, not a function")
     return function

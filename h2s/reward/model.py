@@ -19,7 +19,7 @@ from h2s.data.splits import UNKNOWN
 from h2s.errors import InputError
 from h2s.hub import SavedAdapter, adapter_folder, write_card
 from h2s.models import load_config, load_tokenizer
-from h2s.prefix.adapter import SOFT, read_adapter_config
+from h2s.prefix.adapter import read_adapter_config
 from h2s.prefix.chat_template import H2S_FILE
 from h2s.reward.encoder import head_not_in_checkpoint, max_text_tokens
 from h2s.reward.pairs import context_text, encode_pair, reply_text
@@ -99,7 +99,7 @@ class RewardModel(SavedAdapter):
         """Load an adapter made by `train_reward.py` or [`RewardModelTrainer`].
 
         Args:
-            folder_or_hub_id: the adapter.
+            folder_or_hub_id: the adapter: a folder, or a repository `user/name` or `user/name@revision`.
             revision: of the adapter on the Hub.
             device: this process's own by default (Accelerate's `PartialState().device`).
             **download: `token` and `cache_dir`, as transformers has them.
@@ -134,10 +134,9 @@ class RewardModel(SavedAdapter):
             "Scores a response to a context, the context being its messages' contents joined by newlines; trained on "
             "human A/B judgements with the pairwise logistic loss."
         )
-        base = self.model.peft_config[SOFT].base_model_name_or_path
         use = CARD_EXAMPLE.format(source=source)
         title, tags = "A reward model of human judgements", ["reward-model"]
-        write_card(folder, title, base, about, report, use, "text-classification", tags)
+        write_card(folder, title, self.base_model, about, report, use, "text-classification", tags)
 
     @torch.no_grad()
     def score(

@@ -23,7 +23,7 @@ from trl import RewardTrainer
 from h2s.data.splits import conversations_in
 from h2s.errors import InputError, RunError
 from h2s.models import load_tokenizer
-from h2s.prefix.adapter import load_weights, soft_prefix
+from h2s.prefix.adapter import SOFT, load_weights, soft_prefix
 from h2s.reward.config import RewardModelConfig
 from h2s.reward.encoder import add_reward_prefix, check_encoder, load_encoder, max_text_tokens, open_encoder
 from h2s.reward.model import RewardModel
@@ -115,6 +115,8 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         InputError: the model is no BERT, the adapter no prefix, or `max_tokens` does not fit.
     """
 
+    learnt_from = ("chosen_ids", "rejected_ids")
+
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
@@ -166,6 +168,12 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         )
         seen = conversations_in(train_dataset, eval_dataset)
         self.adapter = self.reward_model = RewardModel(peft_model, tokenizer, max_tokens, seen=seen)
+
+    def began_with(self) -> dict[str, Any]:
+        """Also the encoder and its prefix."""
+        config = self.reward_model.model.peft_config[SOFT]
+        base = Path(config.base_model_name_or_path).name  # it may have been moved
+        return super().began_with() | {"model": base, "num_virtual_tokens": config.num_virtual_tokens}
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """TRL's metrics of `eval_dataset`, or of judgements that are given, as `train_dataset` is."""

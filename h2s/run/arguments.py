@@ -229,14 +229,20 @@ class RunArguments:
 
 
 @dataclass
-class ConvertArguments(RunArguments):
+class PushArguments:
+    """Where an adapter goes on the Hub."""
+
+    hub_model_id: str | None = _setting("Repository on the Hub; the folder's name under your own by default.")
+    hub_private_repo: bool | None = _setting("Whether a new repository is private.")
+    hub_token: str | None = _setting("Token; that of `hf auth login` by default.")
+    hub_revision: str | None = _setting("Branch to push to, made if it is new.")
+
+
+@dataclass
+class ConvertArguments(PushArguments, RunArguments):
     """Where the adapter goes."""
 
     push_to_hub: bool = _setting("Upload the adapter at the end.", False)
-    hub_model_id: str | None = _setting("Repository on the Hub.")
-    hub_private_repo: bool | None = _setting("Whether a new repository is private.")
-    hub_token: str | None = _setting("Token; that of `hf auth login` by default.")
-    hub_revision: str | None = _setting("Branch to push to.")
 
 
 @dataclass

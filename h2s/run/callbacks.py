@@ -1,13 +1,10 @@
-"""What Trainer leaves open: the last evaluation, log lines before checkpoints, where a resumed run begins."""
+"""What Trainer leaves open: the last evaluation, log lines before checkpoints, what a resumed run has of its own."""
 
 import logging
-import math
 from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
-
-from h2s.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -21,30 +18,12 @@ class EvaluateLastStep(TrainerCallback):
             control.should_evaluate = True
 
 
-class GoesOnAsItBegan(TrainerCallback):
-    """A resumed run whose batches are not those that it began with would learn from some twice, from others never."""
+class OwnPace(TrainerCallback):
+    """A resumed run logs, evaluates and saves as its own settings say: Trainer goes on at the checkpoint's pace."""
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Compare the checkpoint's place in its epoch with the one that its step has here.
-
-        Raises:
-            InputError: they differ.
-        """
-        if state.global_step == 0:
-            return
-        if state.train_batch_size != args.train_batch_size:
-            raise InputError(
-                f"per_device_train_batch_size was {state.train_batch_size} when this run began, now it is "
-                f"{args.train_batch_size}: go on with the former"
-            )
-        batches, together = len(train_dataloader), args.gradient_accumulation_steps
-        epochs, steps = divmod(state.global_step, math.ceil(batches / together))
-        epoch = epochs + steps * together / batches
-        if abs(state.epoch - epoch) > 1e-6:
-            raise InputError(
-                f"step {state.global_step} was epoch {state.epoch:.4g} when this run began, here it is {epoch:.4g}: "
-                "go on with the data and the gradient_accumulation_steps that it began with"
-            )
+    def on_train_begin(self, args, state, control, **kwargs):
+        """After the checkpoint's state has been read."""
+        state.compute_steps(args, state.max_steps)
 
 
 class ChooseAnewElsewhere(TrainerCallback):

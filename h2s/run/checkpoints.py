@@ -25,8 +25,9 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHE
 from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
 
 from h2s.errors import InputError, RunError
-from h2s.hub import SavedAdapter
-from h2s.run.callbacks import GoesOnAsItBegan
+from h2s.hub import SavedAdapter, check_push, push_folders
+from h2s.run.callbacks import OwnPace
+from h2s.run.resume import BEGAN_WITH, check_began_with, rows_in_short, settings_to_keep, write_began_with
 from h2s.run.terminal import OneLinePerLog
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,11 @@ TRAINER_STATE_NAME = "trainer_state.json"
 WHOLE = StateDictOptions(full_state_dict=True)  # what a process has only a shard of
 UNFINISHED, UNFINISHED_ADAPTER = "unfinished-checkpoint", "unfinished-adapter"
 # What a checkpoint is resumed from. PEFT would take weights of another format, too.
-NEEDED = {"adapter_model.safetensors": "adapter_model.safetensors", "optimizer*": "optimizer (as by save_only_model)"}
+NEEDED = {
+    "adapter_model.safetensors": "adapter_model.safetensors",
+    "optimizer*": "optimizer (as by save_only_model)",
+    BEGAN_WITH: BEGAN_WITH,
+}
 PICKLED_ARGUMENTS = "training_args.bin"
 
 
@@ -48,6 +53,7 @@ class WholeCheckpoints(Trainer):
     """
 
     adapter: SavedAdapter
+    learnt_from: tuple[str, ...]  # the columns that make a data set another one
 
     def __init__(self, *, args: TrainingArguments, **kwargs: Any):
         check_one_device(args)
@@ -55,7 +61,7 @@ class WholeCheckpoints(Trainer):
             asked = IntervalStrategy(args.eval_strategy).value
             raise InputError(f"eval_strategy is {asked}, but there is no eval_dataset: give it one")
         args = copy.copy(args)  # the caller's own stay as they are
-        kwargs["callbacks"] = [GoesOnAsItBegan(), *(kwargs.get("callbacks") or [])]
+        kwargs["callbacks"] = [OwnPace(), *(kwargs.get("callbacks") or [])]
         self.pushes_at_end, args.push_to_hub = args.push_to_hub, False
         super().__init__(args=args, **kwargs)
         self.terminal = OneLinePerLog(self.short_line)
@@ -74,8 +80,12 @@ class WholeCheckpoints(Trainer):
 
         Raises:
             InputError: there is no such checkpoint, another number of processes wrote it, it is not whole, it
-                lies beyond this run's last step, or this run's batches are others.
+                lies beyond this run's last step, or this run has not what it began with; or what is to be pushed
+                cannot be.
+            PushError: the Hub does not take the adapter, which is saved in `args.output_dir`.
         """
+        if self.pushes_at_end:
+            check_push(self.args, self.adapter.base_model, Path(self.args.output_dir).name)
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -108,6 +118,12 @@ class WholeCheckpoints(Trainer):
         """What the terminal says of a log line. Each trainer knows what matters in it."""
         raise NotImplementedError
 
+    def began_with(self) -> dict[str, Any]:
+        """What a run that resumes this one must have, too."""
+        parts = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        data = {name: rows_in_short(part, self.learnt_from) for name, part in parts.items()}
+        return settings_to_keep(self.args) | data
+
     def load_kept(self) -> None:
         """Bring the model to the step that is kept. Each trainer knows where that lies."""
         raise NotImplementedError
@@ -138,6 +154,7 @@ class WholeCheckpoints(Trainer):
         wrote, have = len(list(folder.glob("rng_state*.pth"))), self.args.world_size
         if wrote != have:
             raise InputError(f"{folder} was written by {wrote} processes, this run has {have}: start {wrote}")
+        check_began_with(folder, self.began_with())
         self.args.eval_on_start = False  # this is not the start
         logger.info("resuming from %s", folder)
         return str(folder)
@@ -185,24 +202,27 @@ class WholeCheckpoints(Trainer):
         revision: str | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """Upload adapter, tokenizer, `h2s.json` and a card with `report`, and nothing else of the run.
+        """Save the adapter and a card with `report` in `args.output_dir`, and upload that and nothing else of the run.
 
-        It always waits for the upload; what TRL's scripts hand over for TRL's card (`dataset_name`) is not used.
+        Every process calls it, as Trainer's own, and the main one pushes. It always waits for the upload; what TRL's
+        scripts hand over for TRL's card (`dataset_name`) is not used.
 
         Returns:
             The repository's URL; None on processes that do not push.
+
+        Raises:
+            InputError: the base model is a folder of this machine, so nobody else could load the adapter.
+            PushError: the Hub does not take it.
         """
-        args = self.args
+        settings = copy.copy(self.args)
+        settings.hub_token, settings.hub_revision = token or settings.hub_token, revision or settings.hub_revision
+        folder = Path(settings.output_dir)
+        self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        return self.adapter.push_to_hub(
-            args.hub_model_id or Path(args.output_dir).name,
-            report,
-            private=args.hub_private_repo,
-            token=token or args.hub_token,
-            revision=revision or args.hub_revision,
-            commit_message=commit_message,
-        )
+        self.adapter.write_card(folder, report)
+        (url,) = push_folders({folder: settings.hub_model_id or folder.name}, settings, commit_message)
+        return url
 
     def create_model_card(self, **kwargs: Any) -> None:
         """Write h2s's card to `args.output_dir`, without TRL's arguments for its own."""
@@ -236,6 +256,7 @@ class WholeCheckpoints(Trainer):
 
     def _publish(self, written: Path, final: Path) -> None:
         self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        write_began_with(written, self.began_with())
         # Trainer pickles its arguments; recipe.yaml says the same and can be trusted.
         (written / PICKLED_ARGUMENTS).unlink(missing_ok=True)
         publish(written, final)

@@ -6,6 +6,7 @@
 import functools
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -20,9 +21,10 @@ from accelerate.utils import broadcast_object_list, gather
 from torch import distributed
 from transformers import TrainerCallback
 
-from h2s.errors import InputError, RunError, Terminated
-from h2s.run.recipe import RECIPE_FILE, split_mismatch, write_recipe
-from h2s.run.terminal import TerminalHandler, above_bars, quiet_libraries
+from h2s.errors import InputError, PushError, RunError, Terminated
+from h2s.hub import check_push, push_folders
+from h2s.run.recipe import RECIPE_FILE, resume_mismatch, write_recipe
+from h2s.run.terminal import TerminalHandler, above_bars, any_letter, quiet_libraries
 
 # Of the whole package: what any module logs goes to a run's log.
 logger = logging.getLogger("h2s")
@@ -62,6 +64,7 @@ class Run:
         self.folder: Path | None = None
         self.can_resume = False
         self.stop = StopRequest()
+        self.pushed: list[str] = []  # subfolders whose adapters go to the Hub; "" is the folder itself
         # What is said of files before there is a folder: it goes to the log once there is.
         self.early = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
 
@@ -77,19 +80,20 @@ class Run:
             model: the recipe's section `model`.
             dataset: the recipe's section `dataset`.
             task: the recipe's section `task`, with `output_dir` and `run_name` (a timestamp by default).
-            resume: whether a run that exists is resumed, with the same split; None where a recipe has no checkpoints.
+            resume: whether a run that exists is resumed, with the same model and split; None where a recipe has no
+                checkpoints.
             **defaults: those that the recipe was parsed with.
 
         Raises:
             InputError: the folder cannot be made, or it exists and holds something and the run does not resume it, or
-                it began with another split (what it learnt from would be reported on).
+                it began with another model or split (what it learnt from would be reported on).
         """
         # Without `cpu` Accelerate takes each of several CPU processes for the only one; trainers' arguments say it too.
         PartialState(cpu=not torch.cuda.is_available())
         name = [task.run_name or time.strftime("%Y%m%d-%H%M%S")]
         broadcast_object_list(name)
         folder = Path(task.output_dir) / name[0]
-        problem = [_make(folder, resume, dataset) if self.is_main_process else None]
+        problem = [_make(folder, resume, model, dataset) if self.is_main_process else None]
         broadcast_object_list(problem)
         if problem[0] is not None:
             raise InputError(problem[0])
@@ -98,6 +102,31 @@ class Run:
         if self.is_main_process:
             write_recipe(folder / RECIPE_FILE, model, dataset, task, **defaults)
         return folder
+
+    def check_push(self, task: Any, base: str, *subfolders: str) -> None:
+        """Check before anything loads what a push at the end would fail on, if `task` asks for one.
+
+        Args:
+            task: the recipe's section `task`.
+            base: the base model's folder or Hub name.
+            *subfolders: of the run's folder, each with an adapter that goes to `<repository>-<subfolder>`.
+
+        Raises:
+            InputError: as `h2s.hub.check_push`.
+        """
+        if task.push_to_hub:
+            self.pushed = ["", *subfolders]
+            check_push(task, base, task.run_name, [part and f"-{part}" for part in self.pushed])
+
+    def push(self, task: Any) -> None:
+        """Push what `check_push` was told of, now that all is saved and reported.
+
+        Raises:
+            PushError: the Hub does not take it.
+        """
+        assert self.folder is not None
+        name = task.hub_model_id or self.folder.name
+        push_folders({self.folder / part: f"{name}-{part}" if part else name for part in self.pushed}, task)
 
     def callbacks(self) -> list[TrainerCallback]:
         """What a trainer does for its run: a readable log, and a checkpoint before it stops."""
@@ -143,7 +172,8 @@ class Run:
             return "nothing was written"
         if not self.can_resume:
             return f"{self.folder} is unfinished: the same command with another run_name starts over"
-        flags = f"--output_dir {self.folder.parent} --run_name {self.folder.name} --resume_from_checkpoint true"
+        where = ["--output_dir", str(self.folder.parent), "--run_name", self.folder.name]
+        flags = shlex.join([*where, "--resume_from_checkpoint", "true"])
         saved = [f.name for f in self.folder.glob("checkpoint-*")]
         newest = max(saved, key=lambda name: int(name.rsplit("-", 1)[1])) if saved else "no checkpoint yet"
         kept = ", the kept adapter at its root" if (self.folder / "adapter_model.safetensors").is_file() else ""
@@ -162,6 +192,7 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
         logger.setLevel(logging.DEBUG)
         logger.addHandler(run.early)
         previous = signal.signal(signal.SIGTERM, run.stop)
+        any_letter()
         try:
             with quiet_libraries():
                 main(run, argv)
@@ -184,6 +215,10 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
         except Terminated:
             run.say(f"ended by SIGTERM; {run.how_to_go_on()}")
             sys.exit(143)
+        except PushError as error:  # it is the last that a run does, and says how to repeat it
+            logger.debug("", exc_info=True, extra={"file_only": True})
+            run.say(f"error: {_one_line(error)}")
+            sys.exit(1)
         except Exception as error:
             if run.folder is None:
                 raise
@@ -204,7 +239,7 @@ def _one_line(error: BaseException) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
 
 
-def _make(folder: Path, resume: bool | None, dataset: Any) -> str | None:
+def _make(folder: Path, resume: bool | None, model: Any, dataset: Any) -> str | None:
     """Make it; what stands in the way, if something does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +251,7 @@ def _make(folder: Path, resume: bool | None, dataset: Any) -> str | None:
     if taken:
         or_resume = "" if resume is None else ", or go on with --resume_from_checkpoint true"
         return f"{folder} exists: choose another run_name{or_resume}"
-    return split_mismatch(folder / RECIPE_FILE, dataset) if resume else None
+    return resume_mismatch(folder / RECIPE_FILE, model, dataset) if resume else None
 
 
 class _LogFile(logging.FileHandler):

@@ -34,6 +34,8 @@ INPUT_PATHS = (
     "judge_adapter",
     "judged",
 )
+OTHER_PATHS = ("output_dir", "reward_function")
+HOW_IT_RUNS = ("dtype", "attn_implementation")  # a resumed run may have others
 # Keys of hardPrompt2softPrompt's YAML that are no recipe's here.
 PROTOTYPE_KEYS = {
     *("reward_model", "reward_model_path", "bert_name", "prefix_length", "PPO_mode", "tokenizer_max_length"),
@@ -100,19 +102,51 @@ def parse_recipe(
     parser.set_defaults(**defaults)
     config = parser.parse_known_args(argv)[0].config
     if config is not None:
-        parser.set_defaults(**_read_settings(Path(config), fields, parser))
+        parser.set_defaults(**_read_settings(Path(config).expanduser(), fields, parser))
+    *sections, _ = _parse_flags(parser, argv, fields)
+    return tuple(sections)
+
+
+def parse_command(settings: type, argv: list[str] | None = None, **positional: str) -> tuple[Any, ...]:
+    """Read the command line of what is no recipe: no YAML, no sections.
+
+    Args:
+        settings: dataclass of the flags.
+        argv: the command line without the program; `sys.argv` by default.
+        **positional: what stands there without a flag: its name and its help.
+
+    Returns:
+        An instance of `settings`, and the positional values in order.
+
+    Raises:
+        InputError: an unknown flag, a wrong type, or a positional value is missing.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser([settings], allow_abbrev=False)
+    for name, help_text in positional.items():
+        parser.add_argument(name, help=help_text)
+    parsed, rest = _parse_flags(parser, argv, [f.name for f in dataclasses.fields(settings)])
+    return parsed, *(getattr(rest, name) for name in positional)
+
+
+def _parse_flags(parser: _Parser, argv: list[str], known: Iterable[str]) -> list[Any]:
+    """An instance of each of the parser's dataclasses, and a namespace of what belongs to none."""
     try:
         # No .args file: one beside the recipe would set flags unseen.
-        *sections, _, unknown = parser.parse_args_into_dataclasses(
+        *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except InputError:
         raise
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(in_short(error)) from error
+    for values in parsed:
+        for name in (*INPUT_PATHS, *OTHER_PATHS):
+            if hasattr(values, name):
+                setattr(values, name, _at_home(getattr(values, name)))
     if unknown:
-        raise InputError(f"unknown flag {unknown[0]}{_nearest(unknown[0].lstrip('-'), fields, '--')}")
-    return tuple(sections)
+        raise InputError(f"unknown flag {unknown[0]}{_nearest(unknown[0].lstrip('-'), known, '--')}")
+    return parsed
 
 
 def _nearest(key: str, keys: Iterable[str], dashes: str = "") -> str:
@@ -134,16 +168,18 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return content
 
 
-def split_mismatch(path: Path, dataset: Any) -> str | None:
-    """Compare a resumed run's split with the one that the run's recipe records: the first difference, or None."""
+def resume_mismatch(path: Path, model: Any, dataset: Any) -> str | None:
+    """Compare a resumed run's model and split with what the run's recipe records: the first difference, or None."""
     if not path.is_file():
         return None
-    saved = _read_yaml(path).get("dataset") or {}
-    for f in dataclasses.fields(dataset):
-        was, now = saved.get(f.name, f.default), getattr(dataset, f.name)
-        if f.name != "path" and was != now:  # a file may have been moved
-            began_with = f"{path.parent} began with {f.name} {was}, this run has {now}"
-            return f"{began_with}: go on with the former, or choose another run_name"
+    recorded = _read_yaml(path)
+    for section, values in (("model", model), ("dataset", dataset)):
+        saved = recorded.get(section) or {}
+        for f in dataclasses.fields(values):
+            was, now = saved.get(f.name, f.default), getattr(values, f.name)
+            if f.name not in (*INPUT_PATHS, *HOW_IT_RUNS) and was != now:  # a file may have been moved
+                began_with = f"{path.parent} began with {f.name} {was}, this run has {now}"
+                return f"{began_with}: go on with the former, or choose another run_name"
     return None
 
 
@@ -174,7 +210,11 @@ def _read_settings(path: Path, fields: dict[str, tuple[str, Any]], parser: _Pars
                 value = _parse_value(parser, key, value, hint)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
-            flat[key] = _found(value, path.parent) if key in INPUT_PATHS else value
+            if key in INPUT_PATHS:
+                value = _found(value, path.parent)
+            elif key == "reward_function" and isinstance(value, str):
+                value = _found_module(value, path.parent)
+            flat[key] = value
     return flat
 
 
@@ -184,6 +224,21 @@ def _found(value: Any, folder: Path) -> Any:
         return [_found(v, folder) for v in value]
     beside = isinstance(value, str) and os.path.exists(folder / value)
     return str(folder / value) if beside else value
+
+
+def _found_module(path: str, folder: Path) -> str:
+    """A Python callable's dotted path, in the recipe's own folder where its module is there."""
+    given, dotted = os.path.split(path)
+    module = (folder / given).joinpath(*dotted.split(".")[:-1])
+    beside = module.with_suffix(".py").is_file() or (module / "__init__.py").is_file()
+    return str(folder / path) if beside else path
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or several, with `~` as the home folder, as a shell has it."""
+    if isinstance(value, list):
+        return [_at_home(v) for v in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _kinds(hint: Any) -> list[Any]:

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch.optim import AdamW
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from h2s.errors import InputError, in_short
@@ -106,6 +107,23 @@ def check_settings(args: TrainingArguments, also_refused: Mapping[str, str]) -> 
         )
     if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
         raise InputError("dataloader_persistent_workers needs dataloader_num_workers of at least 1, got 0")
+
+
+def check_reports(args: TrainingArguments) -> None:
+    """Check that what `report_to` names is there: after transformers' own checks, which make a list of it.
+
+    Raises:
+        InputError: it is unknown, or its package is not installed.
+    """
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise InputError(f"report_to: {error}") from error
+    for name in args.report_to or []:
+        if name not in get_available_reporting_integrations():
+            raise InputError(
+                f"report_to {name} needs a package that is not installed: pip install {name}, or leave it out"
+            )
 
 
 def check_schedule(args: TrainingArguments) -> None:

@@ -1,8 +1,10 @@
 """What a terminal shows of a run: a line a log step, bars that leave nothing behind, libraries that load in silence."""
 
+import io
 import logging
 import sys
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +27,18 @@ NOISE = [
 WEIGHTS_LOAD = 5  # seconds after which a bar says so
 BAR = {"leave": False, "delay": 1}
 EVERY = 30  # seconds between the lines of a log file, which a bar that is drawn over and over would fill
+
+
+def any_letter() -> None:
+    """From here on a letter that the terminal's encoding lacks is printed as its escape, and read as none: no error."""
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: control characters but tabs and line ends are escaped."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\t\n" else c for c in text)
 
 
 @contextmanager

@@ -257,17 +257,6 @@ def test_kept_step_of_a_resumed_run_may_lie_before_its_checkpoint(build, first, 
     assert again.kept_step() == said
 
 
-def test_kept_step_of_a_run_that_goes_on_with_another_metric(build):
-    """The first one's best is then not this metric's, nor known not to be."""
-    settings = {**EVERY_STEP, **KEEP_ALL}
-    build(Course([5.0, 4.0]), max_steps=2, **settings).train()
-    again = build(Course([3.0]), judge=Course([1.0]), max_steps=3, **settings)
-    again.train(resume_from_checkpoint=True)
-    assert again.kept_step() == (
-        "Step 1 of 3 is kept, chosen by another metric before the run went on with judge_difference."
-    )
-
-
 def test_evaluations_after_training_do_not_change_what_is_said(build):
     trainer = build(Course([1.0, 2.0, -9.0]), **EVERY_STEP)
     trainer.train()

@@ -1,13 +1,12 @@
-"""What of a run goes to the Hub, on a Hub that is only recorded."""
-
-from pathlib import Path
+"""What of a run goes to the Hub, over HTTP."""
 
 import pytest
-from huggingface_hub.utils import filter_repo_objects
-from ppo.runs import EVERY_STEP, KEEP_ALL, Course, root_of
+from ppo.runs import EVERY_STEP, KEEP_ALL, Course, prefix_of, root_of, saved_prefix
 from safetensors.torch import load
+from tiny import HARD_PROMPT
 
-from h2s import hub as hub_module
+from h2s import InputError, PrefixTuningPolicyModel
+from h2s.errors import PushError
 
 ADAPTER = {
     "adapter_config.json",
@@ -21,68 +20,71 @@ ADAPTER = {
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """What was made and uploaded."""
-    done = {"repos": [], "uploads": []}
-
-    class Api:
-        def __init__(self, token=None):
-            self.token = token
-
-        def create_repo(self, name, private, exist_ok):
-            done["repos"].append((name, private, self.token))
-            repo = name if "/" in name else f"me/{name}"
-            return type("Url", (str,), {"repo_id": repo})(f"https://huggingface.co/{repo}")
-
-        def create_branch(self, repo_id, branch, exist_ok):
-            done["repos"].append((repo_id, branch))
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns, revision, commit_message):
-            names = [str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()]
-            kept = filter_repo_objects(names, allow_patterns=allow_patterns)
-            files = {name: (Path(folder_path) / name).read_bytes() for name in kept}
-            done["uploads"].append((repo_id, revision, commit_message, files))
-
-    monkeypatch.setattr(hub_module, "HfApi", Api)
-    return done
+def of_hub(published):
+    """A fresh policy whose base has a name on the Hub."""
+    return PrefixTuningPolicyModel.from_hard_prompt(str(published["makers/tiny-gemma"]), HARD_PROMPT, dtype="float32")
 
 
-def test_a_run_pushes_the_kept_adapter_and_nothing_else(build, hub):
+def pushed(hub):
+    return {name: r for name, r in hub.repositories.items() if not name.startswith("makers/")}
+
+
+def test_a_run_pushes_the_kept_adapter_and_nothing_else(build, of_hub, hub):
     """Once, at the end; the first of two steps was the better one."""
-    trainer = build(Course([2.0, 1.0]), push_to_hub=True, hub_model_id="you/kind", **EVERY_STEP, **KEEP_ALL)
+    trainer = build(
+        Course([2.0, 1.0]), model=of_hub, push_to_hub=True, hub_model_id="me/kind", **EVERY_STEP, **KEEP_ALL
+    )
     trainer.train()
-    ((repo, revision, message, files),) = hub["uploads"]
-    assert (repo, revision, message) == ("you/kind", None, "End of training")
-    assert hub["repos"] == [("you/kind", None, None)]
-    assert files.keys() == ADAPTER
+    ((repo, repository),) = pushed(hub).items()
+    assert repo == "me/kind" and list(repository.titles.values()) == ["initial commit", "End of training"]
+    files = repository.files()
+    assert files.keys() - {".gitattributes"} == ADAPTER
     root = root_of(trainer)
     best, last = (root / f"checkpoint-{n}" / "adapter_model.safetensors" for n in (1, 2))
     assert load(files["adapter_model.safetensors"])["prompt_embeddings"].equal(
         load(best.read_bytes())["prompt_embeddings"]
     )
     assert files["adapter_model.safetensors"] != last.read_bytes()
-    assert files["README.md"].decode().count('.from_pretrained("you/kind")') == 2
-    assert "secret" not in files["README.md"].decode()
+    assert files["README.md"].decode().count('.from_pretrained("me/kind")') == 2
 
 
-def test_a_run_that_is_not_asked_to_pushes_nothing(build, hub):
-    build(**KEEP_ALL).train()
-    assert hub == {"repos": [], "uploads": []}
+def test_a_run_that_is_not_asked_to_pushes_nothing(build, of_hub, hub):
+    build(model=of_hub, **KEEP_ALL).train()
+    assert hub.requests == []
 
 
-def test_a_trainer_pushes_when_told_to(build, hub):
+def test_a_trainer_pushes_when_told_to(build, of_hub, hub):
     """With what was measured on the card, to a repository named after the run's folder unless it has a name."""
-    trainer = build(folder="kind-run", hub_private_repo=True, hub_token="secret", hub_revision="second")
+    trainer = build(
+        folder="kind-run", model=of_hub, hub_private_repo=True, hub_token="hf_of_you", hub_revision="second"
+    )
     trainer.train()
-    assert hub["uploads"] == []
+    assert hub.requests == []
     url = trainer.push_to_hub("The second round", "It asks back more often.", dataset_name="as TRL's scripts say it")
-    assert url == "https://huggingface.co/me/kind-run"
-    assert hub["repos"] == [("kind-run", True, "secret"), ("me/kind-run", "second")]
-    ((repo, revision, message, files),) = hub["uploads"]
-    assert (repo, revision, message) == ("me/kind-run", "second", "The second round")
-    assert files.keys() == ADAPTER and "It asks back more often." in files["README.md"].decode()
-    assert not any(b"secret" in content for content in files.values())
-    assert not any(b"secret" in f.read_bytes() for f in root_of(trainer).rglob("*") if f.is_file())
+    assert url == f"{hub.url}/you/kind-run"
+    ((repo, repository),) = pushed(hub).items()
+    assert repo == "you/kind-run" and repository.private and list(repository.titles.values())[1] == "The second round"
+    files = repository.files("second")
+    assert files.keys() - {".gitattributes"} == ADAPTER
+    assert "It asks back more often." in files["README.md"].decode()
+    assert not any(b"hf_of_you" in content for content in files.values())
+    assert not any(b"hf_of_you" in f.read_bytes() for f in root_of(trainer).rglob("*") if f.is_file())
+
+
+def test_what_cannot_be_pushed_is_refused_before_the_first_step(build, hub):
+    trainer = build(push_to_hub=True)
+    with pytest.raises(InputError, match="the base model is a folder of this machine"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not pushed(hub)
+
+
+def test_a_push_that_fails_at_the_end_leaves_the_adapter(build, of_hub, hub):
+    hub.failing["commit"] = 500
+    trainer = build(model=of_hub, push_to_hub=True, hub_model_id="me/kind")
+    with pytest.raises(PushError, match=r"this pushes it: python recipes/push.py \S+run --hub_model_id me/kind$"):
+        trainer.train()
+    assert {f.name for f in root_of(trainer).iterdir()} >= ADAPTER
+    assert saved_prefix(root_of(trainer)).equal(prefix_of(trainer))
 
 
 def test_the_kept_adapters_card_names_the_folder_that_it_lies_in(build):

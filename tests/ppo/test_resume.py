@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from ppo.runs import EVERY_STEP, KEEP_ALL, Course, logged, prefix_of, root_of, saved_prefix
+from ppo.runs import EVERY_STEP, KEEP_ALL, Course, logged, prefix_of, root_of, saved_prefix, texts, varied
 
-from h2s import InputError
+from h2s import InputError, PrefixTuningPolicyModel
 from h2s.prefix.adapter import HARD, hard_prompt_active, soft_prefix
 from h2s.run.checkpoints import UNFINISHED
 
@@ -88,6 +88,28 @@ def test_the_newest_complete_checkpoint_is_taken(build, said):
     again.train(resume_from_checkpoint=True)
     assert said[-1] == f"resuming from {root_of(first) / 'checkpoint-10'}"
     assert len(logged(again, "loss")) == 11 and not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hard_prompt": "Ask."}, r"hard_prompt was \['You are .*'\] when .* now it is \['Ask.'\]: go on"),
+        ({"reward_funcs": texts}, r"rewards was {'reward': \['varied times 1'\]} when .* \['texts times 1'\]}: go on"),
+        ({"reward_weights": [2.0]}, r"rewards was .* now it is {'reward': \['varied times 2'\]}: go on"),
+        ({"judge": varied}, "metric_for_best_model was reward_difference when .* now it is judge_difference: go on"),
+        ({"scale_rewards": True}, "scale_rewards was False when the run of .* now it is True: go on"),
+        ({"value_warmup_batches": 3}, "value_warmup_batches was 2 when the run of .* now it is 3: go on"),
+        ({"contexts": range(1, 21)}, r"train_dataset was 20 rows \(\w+\) when the run of .* it is 20 rows \(\w+\): go"),
+    ],
+)
+def test_what_would_make_it_another_run_is_refused(build, gemma_folder, changes, words):
+    """Its reference, its rewards and their unit, its contexts: no shape would tell."""
+    build(**RUN | {"max_steps": 2}).train()
+    if "hard_prompt" in changes:
+        changes = {"model": PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), changes["hard_prompt"])}
+    again = build(**RUN | changes)
+    with pytest.raises(InputError, match=words):
+        again.train(resume_from_checkpoint=True)
 
 
 def test_without_a_checkpoint_it_starts_over_and_says_so(build, said):

@@ -6,7 +6,8 @@ The plain mistakes, in one table; hostile and odd files stand in `test_hostile_i
 import json
 
 import pytest
-from tiny import COLUMNS, GOOD_ROW, RECIPES, contexts, sample_context, save_gemma, says, sheet, turns
+import yaml
+from tiny import COLUMNS, GOOD_ROW, HARD_PROMPT, RECIPES, contexts, sample_context, save_gemma, says, sheet, turns
 
 from h2s.data.messages import conversation_id
 from h2s.models import load_tokenizer
@@ -216,6 +217,8 @@ TABLE = [
     ("train_reward", ours("reward_model_name_or_path", "gemma"), "is a gemma3_text model", "must be a BERT"),
     *[("train_reward", model(max_tokens=number), "max_tokens must lie between 5 and 124",
        "128 positions minus 4 virtual tokens", f"got {number}") for number in (2, 125, -1)],
+    *[(WITH_PROMPT, model(attn_implementation=name), f"cannot run with attn_implementation {name}: ")
+      for name in ("flash_attention_2", "fast")],
     # Adapters
     (WITH_CONTEXTS, empty("reward_adapter"), "plain is not a reward adapter", "no adapter_config.json"),
     (WITH_CONTEXTS, ours("reward_adapter", "policy"), "is not a reward adapter", "CAUSAL_LM"),
@@ -228,6 +231,7 @@ TABLE = [
           ("asks_back", "must be a dotted path such as my_rewards.asks_back, got 'asks_back'"),
           ("no_such_module.asks_back", "no_such_module.asks_back cannot be imported"),
           ("math.asks_back", "math.asks_back cannot be imported"),
+          ("there/mine.asks_back", "there and among installed packages)"),
           ("math.pi", "math.pi is a float, not a function"),
       ]],
     *[(WITH_CONTEXTS, saw_all(key), "nothing is left to report on", "are set aside, since", f"{name} ", "split_seed of")
@@ -257,6 +261,7 @@ TABLE = [
           ({"eval_max_completion_length": 1100}, "context 1 is", "(or eval_max_completion_length)"),
           ({"num_mini_batches": 4, "per_device_train_batch_size": 3}, "num_mini_batches is 4, more than the 3"),
           ({"eval_strategy": "sometimes"}, "sometimes"),
+          ({"report_to": "tensorbord"}, "report_to: tensorbord is not supported"),
           ({"lr_scheduler_type": "zigzag"}, "zigzag"),
           ({"per_device_train_batch_size": 1000}, "fewer than the 1000 of one iteration: lower per_device_train_batch"),
           ({"metric_for_best_model": "reward_diference"},
@@ -305,7 +310,9 @@ def test_run_folder_that_exists(refused, tmp_path, name):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_going_on_with_another_split(refused, tmp_path, name):
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "recipe.yaml").write_text("dataset: {split_seed: 9}", encoding="utf-8")
+    model = {"train_reward": {"num_virtual_tokens": 4}, "train_policy": {"hard_prompt": HARD_PROMPT}}[name]
+    text = yaml.safe_dump({"model": model, "dataset": {"split_seed": 9}})
+    (tmp_path / "begun" / "recipe.yaml").write_text(text, encoding="utf-8")
     going_on = task(output_dir=str(tmp_path), run_name="begun", resume_from_checkpoint=True)
     says(refused(name, **going_on), "began with split_seed 9, this run has 42: go on with the former")
     assert [f.name for f in (tmp_path / "begun").iterdir()] == ["recipe.yaml"]

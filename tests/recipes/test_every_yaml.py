@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file, save_file
 from tiny import ROOT
 
-from h2s import PrefixTuningPolicyModel, hub
+from h2s import PrefixTuningPolicyModel
 from h2s.data.datasets import load_preferences
 from h2s.errors import InputError
 
@@ -217,28 +217,3 @@ def test_the_prototypes_call(policy_adapter, gemma_folder, tmp_path):
     without = PrefixTuningPolicyModel.from_pretrained(str(tmp_path / "p"))
     with pytest.raises(InputError, match="opening_user_message"):
         without.generate_response(asked_question="how?", conversation_history=history)
-
-
-def test_push_is_one_upload_of_the_adapter(gemma_folder, tmp_path, monkeypatch):
-    calls = []
-
-    class Api:
-        def __init__(self, token):
-            calls.append(("token", token))
-
-        def create_repo(self, name, private, exist_ok):
-            calls.append(("repo", name, private))
-            return type("Url", (str,), {"repo_id": name})(name)
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns, **kwargs):
-            calls.append(("upload", {f.name for f in Path(folder_path).rglob("*")}, set(allow_patterns)))
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    run("convert_prompt", "--model_name_or_path", gemma_folder, "--hard_prompt", "Be kind.", "--output_dir", tmp_path,
-        "--run_name", "p", "--push_to_hub", "true", "--hub_model_id", "me/kind", "--hub_private_repo", "true",
-        "--hub_token", "secret")  # fmt: skip
-    *before, (_, lying_there, allowed) = calls
-    assert before == [("token", "secret"), ("repo", "me/kind", True)]
-    adapter = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "h2s.json", "README.md"}
-    assert adapter <= lying_there <= allowed and not any("*" in name for name in allowed)
-    assert "secret" not in "".join(f.read_text() for f in (tmp_path / "p").glob("*.*") if f.suffix in (".yaml", ".log"))

@@ -21,7 +21,7 @@ from recipes.place import Place
 from tiny import COLUMNS, GOOD_ROW, ROOT, contexts, says, sheet
 from transformers import AutoTokenizer
 
-from h2s import PrefixTuningPolicyModel, hub
+from h2s import PrefixTuningPolicyModel
 from h2s.run.recipe import _StrictSafeLoader
 
 OLE = bytes.fromhex("d0cf11e0a1b11ae1")
@@ -750,29 +750,22 @@ def test_the_search_itself(line):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_hub_token_is_told_nowhere(recipes, write_recipe_of, place, monkeypatch, capfd, fails):
+def test_the_hub_token_is_told_nowhere(recipes, write_recipe_of, place, published, hub, capfd, fails):
     """Neither in the run's folder nor at the terminal, pushed or not."""
-    token = "hf_0123456789secret"
-
-    class Api:
-        def __init__(self, token):
-            self.token = token
-
-        def create_repo(self, name, **kwargs):
-            if fails:
-                raise OSError("401 Client Error: invalid user token")
-            return type("Url", (str,), {"repo_id": name})(name)
-
-        def upload_folder(self, **kwargs):
-            pass
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    config = write_recipe_of("convert_prompt", task={"hub_token": token, "push_to_hub": True, "run_name": "run"})
+    token = "hf_of_you"
+    hub.failing |= {"create": 401} if fails else {}
+    config = write_recipe_of(
+        "convert_prompt",
+        model={"model_name_or_path": str(published["makers/tiny-gemma"])},
+        task={"hub_token": token, "push_to_hub": True, "run_name": "run"},
+    )
     if fails:
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stop:
             recipes["convert_prompt"].main(["--config", str(config)])
+        assert stop.value.code == 1
     else:
         recipes["convert_prompt"].main(["--config", str(config)])
+        assert "you/run" in hub.repositories
     captured = capfd.readouterr()
     written = [f for f in (place.folder / "outputs").rglob("*") if f.is_file()]
     assert {"recipe.yaml", "train.log"} <= {f.name for f in written}

@@ -373,6 +373,21 @@ def test_function_of_the_users_folder(tmp_path):
     assert sys.path.count(str(tmp_path)) == 1
 
 
+def test_function_of_a_folder(tmp_path):
+    """Of any folder; where it is not found the line says where it was looked for."""
+    for name in ("h2s_test_rewards_here", "there/h2s_test_rewards_there"):
+        file = tmp_path / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("def ones(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    for path in ("h2s_test_rewards_here.ones", "there/h2s_test_rewards_there.ones"):
+        assert RewardFunctions(load_reward_function(path))(PROMPTS, ["a", "b"]).tolist() == [[1.0], [1.0]]
+    words = (
+        rf"no_such.ones cannot be imported: .*'no_such' \(looked for in {tmp_path}/there and among installed packages"
+    )
+    with pytest.raises(InputError, match=words):
+        load_reward_function("there/no_such.ones")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -6,13 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PrefixTuningConfig, TaskType
 from safetensors.torch import load, load_file
 from transformers import BertForSequenceClassification, TrainerCallback
 
 from h2s import InputError, RewardModel, RewardModelConfig, RewardModelTrainer, load_preferences
-from h2s import hub as hub_module
 from h2s.data.splits import conversations_in
 from h2s.errors import RunError
 from h2s.models import load_base_model, load_tokenizer
@@ -413,36 +411,25 @@ def test_a_resumed_run_ends_in_the_same_bits(build, resume):
 # What leaves the machine
 
 
-@pytest.mark.parametrize(("asked", "repo"), [("you/kind", "you/kind"), (None, "me/run")])
-def test_push_is_the_kept_adapter_and_nothing_else(build, monkeypatch, asked, repo):
-    uploads = []
-
-    class Api:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, name, private, exist_ok):
-            full = name if "/" in name else f"me/{name}"
-            return type("Url", (str,), {"repo_id": full})(f"https://huggingface.co/{full}")
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns, revision, commit_message):
-            there = [f for f in Path(folder_path).rglob("*") if f.is_file()]
-            names = filter_repo_objects([str(f.relative_to(folder_path)) for f in there], allow_patterns=allow_patterns)
-            uploads.append((repo_id, {name: (Path(folder_path) / name).read_bytes() for name in names}))
-
-    monkeypatch.setattr(hub_module, "HfApi", Api)
+@pytest.mark.parametrize(("asked", "repo"), [("me/kind", "me/kind"), (None, "me/run")])
+def test_push_is_the_kept_adapter_and_nothing_else(build, hub, published, asked, repo):
     trainer = build(
-        callbacks=[Course()], max_steps=3, save_total_limit=None, push_to_hub=True, hub_model_id=asked, **EVERY_STEP
+        model=str(published["makers/tiny-bert"]),
+        callbacks=[Course()],
+        max_steps=3,
+        save_total_limit=None,
+        push_to_hub=True,
+        hub_model_id=asked,
+        **EVERY_STEP,
     )
     trainer.train()
-    ((pushed_to, files),) = uploads
-    assert pushed_to == repo
-    assert files.keys() == {
+    files = hub.repositories[repo].files()
+    assert files.keys() - {".gitattributes"} == {
         *("adapter_config.json", ADAPTER, "tokenizer.json", "tokenizer_config.json", "h2s.json", "README.md")
     }
     root = Path(trainer.args.output_dir)
     assert same(load(files[ADAPTER]), load_file(root / "checkpoint-2" / ADAPTER))
     card = files["README.md"].decode()
     assert card.count(f'.from_pretrained("{repo}"') == 2 and str(root.parent) not in card
-    assert trainer.push_to_hub(report="Accuracy 0.9.") == f"https://huggingface.co/{repo}"
-    assert "Accuracy 0.9." in uploads[1][1]["README.md"].decode()
+    assert trainer.push_to_hub(report="Accuracy 0.9.") == f"{hub.url}/{repo}"
+    assert "Accuracy 0.9." in hub.repositories[repo].files()["README.md"].decode()

@@ -25,12 +25,14 @@ class Line(torch.nn.Module):
 class Scripted(WholeCheckpoints):
     """Evaluations give the losses of a list; `done` lists what is asked of it at the end."""
 
+    learnt_from = ("x",)
+
     def __init__(self, losses=(), **kwargs):
         super().__init__(**kwargs)
         self.losses, self.done = losses, []
         self.adapter = SimpleNamespace(
-            write_card=lambda folder: (folder / "README.md").write_text("card", encoding="utf-8"),
-            push_to_hub=lambda repo, report, **kwargs: self.done.append(f"pushed {repo}"),
+            base_model="makers/line",
+            write_card=lambda folder, report="": (folder / "README.md").write_text("card", encoding="utf-8"),
         )
 
     def short_line(self, logs):
@@ -58,7 +60,7 @@ class Scripted(WholeCheckpoints):
 
 @pytest.fixture
 def build(tmp_path):
-    def make(losses=(3, 1, 2, 2, 2), limit: int | None = 1, callbacks=None, rows=3, **settings) -> Scripted:
+    def make(losses=(3, 1, 2, 2, 2), limit: int | None = 1, callbacks=None, rows=3, first=1.0, **settings) -> Scripted:
         args = TrainingArguments(
             **{
                 "output_dir": str(tmp_path / "run"),
@@ -76,7 +78,7 @@ def build(tmp_path):
             }
             | settings
         )
-        data = Dataset.from_dict({"x": [float(n + 1) for n in range(rows)]})
+        data = Dataset.from_dict({"x": [first, *(float(n) for n in range(2, rows + 1))]})
         return Scripted(losses, model=Line(), args=args, train_dataset=data, eval_dataset=data, callbacks=callbacks)
 
     return make

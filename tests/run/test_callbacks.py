@@ -1,39 +1,8 @@
-"""What happens at a run's steps, and where a resumed one begins."""
+"""What happens at a run's steps."""
 
 import pytest
 
-from h2s.errors import InputError
 from h2s.run.callbacks import ChooseAnewElsewhere, EvaluateLastStep, LogBeforeSaving
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (
-            {"per_device_train_batch_size": 2},
-            "per_device_train_batch_size was 1 when this run began, now it is 2: go on",
-        ),
-        (
-            {"gradient_accumulation_steps": 2},
-            "step 4 was epoch 1.333 when this run began, here it is 2: go on with the",
-        ),
-        ({"rows": 4}, "step 4 was epoch 1.333 when this run began, here it is 1: go on with the data and"),
-    ],
-)
-def test_a_run_that_would_not_go_on_as_it_began_is_refused(build, tmp_path, settings, words):
-    build(losses=[1] * 4).train()
-    again = build(losses=[1] * 6, **settings)
-    with pytest.raises(InputError, match=words):
-        again.train(resume_from_checkpoint=True)
-    assert not (tmp_path / "run" / "checkpoint-5").exists()
-
-
-def test_accumulation_goes_on_within_an_epoch(build):
-    """Two steps an epoch, of two batches and of one."""
-    for steps in (1, 3, 4):
-        trainer = build(losses=[1] * steps, gradient_accumulation_steps=2)
-        trainer.train(resume_from_checkpoint=steps > 1)
-    assert trainer.state.global_step == 4
 
 
 def test_no_log_line_spans_a_checkpoint(build):

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import h2s.run.checkpoints
 from h2s.errors import InputError, RunError
+from h2s.run.resume import write_began_with
 
 
 def checkpoint(folder, processes: int = 1) -> Path:
@@ -31,7 +32,7 @@ def names(folder) -> set[str]:
 
 
 @pytest.fixture
-def goes_on_from(build, monkeypatch):
+def goes_on_from(build, monkeypatch, tmp_path):
     """What Trainer's own `train` is told to go on from."""
     told = []
     monkeypatch.setattr(
@@ -42,6 +43,8 @@ def goes_on_from(build, monkeypatch):
 
     def run(asked, **settings):
         trainer = build(**settings)
+        for folder in tmp_path.rglob("checkpoint-*"):
+            write_began_with(folder, trainer.began_with())
         trainer.train(resume_from_checkpoint=asked)
         return told.pop(), trainer
 
@@ -198,10 +201,20 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(build, tmp_path):
 
 
 @pytest.mark.parametrize("push", [False, True])
-def test_at_the_end_what_is_kept_is_loaded_and_then_pushed(build, push):
+def test_at_the_end_what_is_kept_is_loaded_and_then_pushed(build, monkeypatch, push):
     trainer = build(losses=(1,), push_to_hub=push, hub_model_id="me/line")
+    done, root = trainer.done, Path(trainer.args.output_dir)
+    monkeypatch.setattr(h2s.run.checkpoints, "check_push", lambda settings, *of: done.append(of))
+    monkeypatch.setattr(
+        h2s.run.checkpoints, "push_folders", lambda folders, *rest: [done.append((folders, names(root)))]
+    )
     trainer.train()
-    assert trainer.done == (["kept", "pushed me/line"] if push else ["kept"])
+    if not push:
+        assert done == ["kept"]
+        return
+    checked, kept, (folders, there) = done
+    assert (checked, kept, folders) == (("makers/line", "run"), "kept", {root: "me/line"})
+    assert {"adapter_model.safetensors", "README.md"} <= there
 
 
 def test_the_callers_arguments_stay_as_they_are(build, monkeypatch):

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 from types import SimpleNamespace
@@ -12,8 +13,14 @@ import yaml
 from transformers import TrainerState
 
 import h2s.run.folder
-from h2s.errors import InputError, RunError, Terminated
-from h2s.run.arguments import AdapterArguments, DatasetArguments, RewardDatasetArguments, RunArguments
+from h2s.errors import InputError, PushError, RunError, Terminated
+from h2s.run.arguments import (
+    AdapterArguments,
+    ConvertArguments,
+    DatasetArguments,
+    RewardDatasetArguments,
+    RunArguments,
+)
 from h2s.run.folder import ONE_SIGNAL, ReadableLog, Run, StopOnSigterm, StopRequest, run_recipe
 from h2s.run.recipe import write_recipe
 
@@ -205,6 +212,13 @@ def test_how_to_go_on(run, start, files, holds):
     )
 
 
+def test_how_to_go_on_can_be_pasted_into_a_shell(run, tmp_path):
+    folder = run.start(AdapterArguments(), DatasetArguments(), task(tmp_path / "my outputs", "it's 1"), resume=False)
+    words = shlex.split(run.how_to_go_on().partition("the same command with ")[2])
+    given = ["--output_dir", str(folder.parent), "--run_name", "it's 1", "--resume_from_checkpoint", "true"]
+    assert words == [*given, "goes", "on"]
+
+
 def test_a_recipe_without_checkpoints_starts_over(run, start):
     folder = start()
     assert run.how_to_go_on() == f"{folder} is unfinished: the same command with another run_name starts over"
@@ -284,6 +298,30 @@ def test_callbacks_of_a_run(run):
     assert isinstance(log, ReadableLog) and isinstance(on_sigterm, StopOnSigterm) and on_sigterm.request is run.stop
 
 
+# What goes to the Hub
+
+
+@pytest.mark.parametrize(("asked", "first"), [("me/kind", "me/kind"), (None, "first")])
+def test_a_run_pushes_its_folder_and_what_it_was_told_of(run, start, tmp_path, monkeypatch, asked, first):
+    """Each to a repository of its own; nothing where the task asks for none."""
+    done = []
+    monkeypatch.setattr(h2s.run.folder, "check_push", lambda task, *args: done.append(args))
+    monkeypatch.setattr(h2s.run.folder, "push_folders", lambda folders, task: done.append(folders))
+    settings = ConvertArguments(output_dir=str(tmp_path), run_name="first", hub_model_id=asked)
+    run.check_push(settings, "makers/gemma", "judge")
+    folder = start()
+    run.push(settings)
+    assert done == [{}]
+    settings.push_to_hub = True
+    run.check_push(settings, "makers/gemma", "judge")
+    settings.push_to_hub = False  # so that a trainer does not
+    run.push(settings)
+    assert done[1:] == [
+        ("makers/gemma", "first", ["", "-judge"]),
+        {folder: first, folder / "judge": f"{first}-judge"},
+    ]
+
+
 # How a run ends
 
 
@@ -306,6 +344,7 @@ ENDS = {
     "terminated": (raises(Terminated()), 143, "ended by SIGTERM; {on}", "ended by SIGTERM; {none}"),
     "SIGTERM itself": (sigterm, 143, "ended by SIGTERM; {on}", "ended by SIGTERM; {none}"),
     "fault of the run": (raises(RunError("the loss is nan")), 1, "error: the loss is nan; {on}", None),
+    "a push": (raises(PushError("not pushed; this pushes it: …")), 1, *["error: not pushed; this pushes it: …"] * 2),
     "full disk": (raises(OSError(28, "No space")), 1, "error: OSError: [Errno 28] No space; {on}", None),
     "our bug": (raises(TypeError("an int\nis no str")), 1, "error: TypeError: an int is no str; {on}", None),
     "our bug with a value": (raises(ValueError("not 7")), 1, "error: ValueError: not 7; {on}", None),

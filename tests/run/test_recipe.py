@@ -16,12 +16,13 @@ from h2s.run.arguments import (
     GenerateArguments,
     HardPromptArguments,
     PolicyModelArguments,
+    PushArguments,
     QuestionArguments,
     RewardDatasetArguments,
     RewardModelArguments,
     RunArguments,
 )
-from h2s.run.recipe import parse_recipe, split_mismatch, write_recipe
+from h2s.run.recipe import parse_command, parse_recipe, resume_mismatch, write_recipe
 
 POLICY = (PolicyModelArguments, DatasetArguments, SingleStepPPOConfig)
 REWARD = (RewardModelArguments, RewardDatasetArguments, TaskArguments)
@@ -110,7 +111,6 @@ def test_forms_of_a_float(parse, number):
         ("optim", "adamw_torch", "adamw_torch"),
         ("report_to", "tensorboard", ["tensorboard"]),
         ("report_to", "[]", []),
-        ("report_to", "[tensorboard, --loss]", ["tensorboard", "--loss"]),
         ("lr_scheduler_kwargs", "{num_cycles: 2}\n  lr_scheduler_type: cosine", {"num_cycles": 2}),
         ("lr_scheduler_kwargs", """'{"num_cycles": 2}'\n  lr_scheduler_type: cosine""", {"num_cycles": 2}),
         *[("run_name", f"'{text}'", text) for text in ("", "--", "--seed", "-x", "a b", "a=b", "null", "true", "007")],
@@ -283,6 +283,8 @@ def test_list_of_paths(tmp_path, monkeypatch):
         assert parse_recipe(*COMPARE, ["--config", str(file)])[1].judged == expected
         flags = ["--config", str(file), "--judged", "cai.xlsx", "dan.xlsx"]
         assert parse_recipe(*COMPARE, flags)[1].judged == ["cai.xlsx", "dan.xlsx"]
+    file.write_text("dataset:\n  judged: [a, --loss]\n", encoding="utf-8")
+    assert parse_recipe(*COMPARE, ["--config", str(file)])[1].judged == ["a", "--loss"]
     file.write_text("dataset:\n  judged: [1]\n", encoding="utf-8")
     with pytest.raises(InputError, match="judged must be str, got int 1"):
         parse_recipe(*COMPARE, ["--config", str(file)])
@@ -311,6 +313,40 @@ def test_paths_are_looked_for_beside_the_recipe_first(tmp_path, monkeypatch):
     assert task.output_dir == "reward"
     # A flag is about the current folder.
     assert parse_recipe(*POLICY, ["--config", "../recipes/recipe.yaml", "--path", "both.json"])[1].path == "both.json"
+
+
+def test_a_rewards_module_is_looked_for_beside_the_recipe_too(tmp_path, monkeypatch):
+    beside, here = tmp_path / "recipes", tmp_path / "here"
+    for file in (beside / "mine.py", beside / "pack" / "__init__.py", beside / "pack" / "own.py", here / "mine.py"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    monkeypatch.chdir(here)
+
+    def read(path, *flags):
+        (beside / "recipe.yaml").write_text(f"model: {{reward_function: {path}}}", encoding="utf-8")
+        return parse_recipe(*POLICY, ["--config", str(beside / "recipe.yaml"), *flags])[0].reward_function
+
+    for path in ("mine.asks", "pack.asks", "pack.own.asks", "../recipes/mine.asks"):
+        assert read(path) == str(beside / path)
+    for path in ("yours.asks", "trl.rewards.asks", "recipe.asks"):
+        assert read(path) == path
+    assert read("mine.asks", "--reward_function", "mine.asks") == "mine.asks"
+
+
+def test_home_is_home_in_every_section(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {hard_prompt_file: ~/a, reward_adapter: ~/b, reward_function: ~/c.d}\n"
+        "dataset: {path: [~/e, f]}\ntask: {output_dir: ~/g, run_name: ~}\n",
+        encoding="utf-8",
+    )
+    flags = ["--config", "~/recipe.yaml", "--judge_adapter", "~/h", "--hard_prompt", "~/ is my home"]
+    model, dataset, task = parse_recipe(*POLICY, flags)
+    given = [model.hard_prompt_file, model.reward_adapter, model.reward_function, *dataset.path, task.output_dir]
+    assert given == [*(f"{tmp_path}/{name}" for name in ("a", "b", "c.d", "e")), "f", f"{tmp_path}/g"]
+    assert (model.judge_adapter, model.hard_prompt) == (f"{tmp_path}/h", "~/ is my home")
+    others = parse_recipe(*CONVERT, ["--output_dir", "~/g"])[2], parse_recipe(*COMPARE, ["--output_dir", "~/g"])[2]
+    assert {section.output_dir for section in others} == {f"{tmp_path}/g"}
 
 
 def test_absolute_paths_and_hub_names_stay(parse, tmp_path):
@@ -378,24 +414,31 @@ def test_defaults_are_not_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "began", "now"),
+    ("section", "key", "began", "now"),
     [
-        ("split_seed", 7, 42),
-        ("test_size", 0.2, 0.3),
-        ("test_size", 0.3, 0.2),
-        ("folds", 5, 4),
-        ("judge_share", None, 0.5),
+        ("dataset", "split_seed", 7, 42),
+        ("dataset", "test_size", 0.2, 0.3),
+        ("dataset", "test_size", 0.3, 0.2),
+        ("dataset", "folds", 5, 4),
+        ("dataset", "judge_share", None, 0.5),
+        ("model", "num_virtual_tokens", 20, 8),
+        ("model", "max_tokens", 64, None),
     ],
 )
-def test_another_split_than_the_runs(tmp_path, key, began, now):
+def test_another_model_or_split_than_the_runs(tmp_path, section, key, began, now):
+    """Files may have been moved."""
+
+    def sections(path, value):
+        model, dataset = ({key: value} if section == name else {} for name in ("model", "dataset"))
+        return RewardModelArguments(f"{path}/bert", **model), RewardDatasetArguments(f"{path}/sheet.xlsx", **dataset)
+
     file = tmp_path / "run" / "recipe.yaml"
-    first = RewardDatasetArguments(path="sheet.xlsx", **{key: began})
-    assert split_mismatch(file, first) is None  # killed before it wrote its recipe
+    assert resume_mismatch(file, *sections("here", began)) is None  # killed before it wrote its recipe
     file.parent.mkdir()
-    write_recipe(file, RewardModelArguments(), first, RunArguments())
-    assert split_mismatch(file, RewardDatasetArguments(path="moved/sheet.xlsx", **{key: began})) is None
+    write_recipe(file, *sections("here", began), RunArguments())
+    assert resume_mismatch(file, *sections("there", began)) is None
     words = f"{file.parent} began with {key} {began}, this run has {now}: go on with the former, or choose another"
-    assert words in split_mismatch(file, RewardDatasetArguments(path="sheet.xlsx", **{key: now}))
+    assert words in resume_mismatch(file, *sections("here", now))
 
 
 def test_a_kill_leaves_a_whole_recipe(tmp_path, monkeypatch):
@@ -406,3 +449,26 @@ def test_a_kill_leaves_a_whole_recipe(tmp_path, monkeypatch):
     with pytest.raises(pytest.fail.Exception):
         write_recipe(file, *parse_recipe(*COMPARE, ["--top_k", "6"]))
     assert yaml.safe_load(file.read_text(encoding="utf-8"))["task"] == {"top_k": 5}
+
+
+# A command that is no recipe
+
+
+def test_a_command_is_flags_and_what_stands_without_one():
+    settings, folder = parse_command(PushArguments, ["--hub_private_repo", "true", "out put"], folder="A folder.")
+    assert (settings, folder) == (PushArguments(hub_private_repo=True), "out put")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "the following arguments are required: folder"),
+        (["a", "--hub_model", "b"], "unknown flag --hub_model; did you mean --hub_model_id?"),
+        (["a", "--hub_private_repo", "many"], "many"),
+        (["a", "b"], "unknown flag b"),
+    ],
+)
+def test_a_command_that_is_none(flags, said):
+    with pytest.raises(InputError) as refusal:
+        parse_command(PushArguments, flags, folder="A folder.")
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)

@@ -6,6 +6,7 @@ import pytest
 from transformers import TrainingArguments
 from trl import RewardConfig
 
+import h2s.run.settings
 from h2s import InputError, RewardModelConfig, SingleStepPPOConfig
 from h2s.ppo.config import REFUSED as OF_POLICIES
 from h2s.reward.config import REFUSED as OF_REWARDS
@@ -65,6 +66,18 @@ def test_the_tables_know_trainers_names():
     of_trainer, of_trl = ({f.name for f in dataclasses.fields(c)} for c in (TrainingArguments, RewardConfig))
     assert REFUSED.keys() | OF_POLICIES.keys() <= of_trainer and OF_REWARDS.keys() <= of_trl
     assert not REFUSED.keys() & (OF_POLICIES.keys() | OF_REWARDS.keys())
+
+
+@pytest.mark.parametrize("config", BOTH)
+def test_loggers_that_are_not_there(config, monkeypatch):
+    monkeypatch.setattr(h2s.run.settings, "get_available_reporting_integrations", lambda: ["tensorboard", "trackio"])
+    assert config(report_to="all").report_to and config(report_to=["tensorboard", "trackio"])
+    with pytest.raises(
+        InputError, match="report_to wandb needs a package that is not installed: pip install wandb, or"
+    ):
+        config(report_to=["tensorboard", "wandb"])
+    with pytest.raises(InputError, match=r"report_to: tensorbord is not supported, only .*tensorboard.* are supported"):
+        config(report_to="tensorbord")
 
 
 @pytest.mark.parametrize("config", BOTH)

@@ -14,7 +14,7 @@ import h2s.run.terminal
 from h2s import PrefixTuningPolicyModel
 from h2s.prefix.adapter import SOFT
 from h2s.run.folder import Run
-from h2s.run.terminal import TerminalHandler, above_bars, progress_bar, quiet_libraries
+from h2s.run.terminal import TerminalHandler, above_bars, any_letter, printable, progress_bar, quiet_libraries
 
 
 class Screen(io.StringIO):
@@ -147,6 +147,23 @@ def test_a_bar_in_a_log_file_is_lines(screen):
     assert re.sub(r"\d\d:\d\d left", "- left", screen.getvalue()) == (
         "scoring: 1 of 3, - left\nscoring: 2 of 3, - left\n"
     )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_letters_that_a_terminal_lacks_are_no_error(monkeypatch, encoding):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你\n".encode()), encoding="ascii"))
+    any_letter()
+    print("5€ 你")
+    out.flush()
+    expected = {"ascii": b"5\\u20ac \\u4f60\n", "cp1252": b"5\x80 \\u4f60\n", "utf-8": "5€ 你\n".encode()}
+    assert out.buffer.getvalue() == expected[encoding]
+    assert input() == "".join(chr(0xDC00 + byte) for byte in "你".encode())  # which no conversation takes
+
+
+def test_nothing_that_a_terminal_would_obey():
+    assert printable("a\tb\n\x1b[2Jc\rd\x07 你 👨\u200d👩\x9b") == "a\tb\n\\x1b[2Jc\\rd\\x07 你 👨\u200d👩\\x9b"
 
 
 @pytest.mark.parametrize(("label", "shown"), [(None, True), ("scoring", False)])

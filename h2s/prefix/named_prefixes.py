@@ -164,6 +164,6 @@ class NamedPrefixes:
 
 
 def _base(source: str, revision: str | None) -> tuple[str, str | None]:
-    """The base model's name on the Hub, or else its folder, and its revision; a folder of the Hub's cache tells both."""
+    """A base model's name on the Hub, or else its folder, and its revision; the Hub's own cache tells both."""
     name, commit = hub_name(source) or (source, None)
     return name, commit or revision

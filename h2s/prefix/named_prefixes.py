@@ -15,6 +15,7 @@ from peft import PeftModel, PeftType
 from torch.distributed.tensor import DTensor
 
 from h2s.errors import InputError
+from h2s.hub import hub_name
 from h2s.prefix.adapter import (
     HARD,
     SOFT,
@@ -150,7 +151,19 @@ class NamedPrefixes:
                 f"{name} is not of this policy's hard prompt, and the chat template here would be wrong for it: "
                 f"{', '.join(other)} in h2s.json differ; load it by from_pretrained"
             )
-        ours = self.model.peft_config[SOFT]
-        base, theirs = (ours.base_model_name_or_path, ours.revision), (opened.source, opened.revision)
-        if base != theirs:
-            raise InputError(f"{name} was made for the base model and revision {theirs}, this policy has {base}")
+        config = self.model.peft_config[SOFT]
+        (ours, commit), (theirs, other_commit) = (
+            _base(config.base_model_name_or_path, config.revision),
+            _base(opened.source, opened.revision),
+        )
+        if ours != theirs or (None not in (commit, other_commit) and commit != other_commit):
+            raise InputError(
+                f"{name} was made for another base model: expected {ours} (revision {commit}), got {theirs} (revision "
+                f"{other_commit})"
+            )
+
+
+def _base(source: str, revision: str | None) -> tuple[str, str | None]:
+    """A base model's name on the Hub, or else its folder, and its revision; the Hub's own cache tells both."""
+    name, commit = hub_name(source) or (source, None)
+    return name, commit or revision

@@ -13,6 +13,7 @@ from tiny import HARD_PROMPT, sample_context, save_gemma
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
 from h2s import InputError, PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer
+from h2s.prefix import named_prefixes
 from h2s.prefix.adapter import HARD, SOFT, hard_prefix, load_weights, soft_prefix
 
 CONVERSATIONS = [sample_context(i) for i in range(5)]
@@ -242,10 +243,44 @@ def test_another_prompts_prefix_is_refused(policy, other, tmp_path, changed, fie
 def test_another_base_models_prefix_is_refused(policy, tmp_path):
     base = save_gemma(tmp_path / "base")
     PrefixTuningPolicyModel.from_hard_prompt(str(base), HARD_PROMPT).save_pretrained(tmp_path / "other")
-    with pytest.raises(
-        InputError, match=r"other was made for the base model and revision \('.*/base', None\), this pol"
-    ):
+    expected = "other was made for another base model: expected .*/tiny-gemma .*, got .*/base "
+    with pytest.raises(InputError, match=expected):
         policy.load_adapter(tmp_path / "other", "shop")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "refused"),
+    [("v1", "v2", True), ("v1", "v1", False), (None, "v2", False), ("v1", None, False)],
+)
+def test_another_revision_of_the_base_is_refused_where_both_are_known(policy, other, tmp_path, ours, theirs, refused):
+    policy.model.peft_config[SOFT].revision = ours
+    file = tmp_path / "other" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": theirs}))
+    if refused:
+        with pytest.raises(InputError, match=r"expected .* \(revision v1\), got .* \(revision v2\)"):
+            policy.load_adapter(tmp_path / "other", "shop")
+    else:
+        policy.load_adapter(tmp_path / "other", "shop")
+
+
+@pytest.mark.parametrize(("source", "refused"), [("google/gemma-3-1b-it", False), ("google/gemma-3-12b-it", True)])
+def test_a_base_in_the_hubs_cache_is_the_one_of_its_name(
+    policy, other, gemma_folder, tmp_path, monkeypatch, source, refused
+):
+    """What is published names its base; the policy may have it from the cache's folder, which tells name and commit."""
+    snapshot = tmp_path / "hub" / "models--google--gemma-3-1b-it" / "snapshots" / "0a1b"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(gemma_folder)
+    policy.model.peft_config[SOFT].base_model_name_or_path = str(snapshot)
+    published = replace(PrefixTuningPolicyModel.open(tmp_path / "other"), source=source)
+    monkeypatch.setattr(named_prefixes, "open_adapter", lambda *arguments, **download: published)
+    if refused:
+        with pytest.raises(
+            InputError, match=r"expected google/gemma-3-1b-it \(revision 0a1b\), got google/gemma-3-12b"
+        ):
+            policy.load_adapter("me/shop", "shop")
+    else:
+        policy.load_adapter("me/shop", "shop")
 
 
 NAMES = [SOFT, HARD, "shop", "keys", "a.b", "", "ref", "tuning"]  # "keys" is a method of torch's ModuleDict

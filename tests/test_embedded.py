@@ -146,6 +146,8 @@ def test_a_base_in_4_bits(tmp_path):
             max_steps=1,
             per_device_train_batch_size=4,
             max_completion_length=8,
+            num_ppo_epochs=1,
+            num_mini_batches=1,
             value_warmup_batches=0,
             scale_rewards=False,
             save_strategy="no",

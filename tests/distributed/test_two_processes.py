@@ -31,7 +31,7 @@ def updates(gemma_folder, tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("way", ["none", "single", "mean", "left-out"])
+@pytest.mark.parametrize("way", ["none", "single", "mean", "4-bits", "left-out"])
 def test_two_processes_end_where_one_does(way, updates):
     """Three iterations of two passes, or one, on the same 8 of 9 contexts, which do not share out evenly."""
     ends = {n: load_file(folder / f"{way}.safetensors") for n, folder in updates.items()}
@@ -43,6 +43,8 @@ def test_two_processes_end_where_one_does(way, updates):
         assert not set(first) & set(second)  # no context on both ranks
         assert sorted(first + second) == sorted(alone)
     assert ends[1]["moved"].abs().max() > 1e-3
+    if way == "4-bits":
+        assert (ends[1]["prefix"] - load_file(updates[1] / "mean.safetensors")["prefix"]).abs().max() > 1e-2
     for name, value in ends[1].items():
         # The value head is fitted to rows in another order; where gradients are next to 0 Adam takes rounding for them.
         assert (ends[2][name] - value).abs().max() < 1e-5, name

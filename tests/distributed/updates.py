@@ -1,4 +1,4 @@
-"""Some PPO iterations with given completions, in four ways; each writes what it ends with and who took part.
+"""Some PPO iterations with given completions, in five ways; each writes what it ends with and who took part.
 
 accelerate launch --config_file accelerate_configs/cpu.yaml tests/distributed/updates.py MODEL OUT BATCH CONTEXTS
 """
@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.torch import save_file
+from transformers import BitsAndBytesConfig
 
 from h2s import PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer
 from h2s.prefix.adapter import soft_prefix
@@ -50,6 +51,7 @@ WAYS = {
     "none": (length_mod_5, {"ratio_norm": "none"}),
     "single": (length_mod_5, {"num_ppo_epochs": 1}),  # one update, whose graph lives through the reference's pass
     "mean": (length_mod_5, {"ratio_norm": "mean"}),
+    "4-bits": (length_mod_5, {"ratio_norm": "mean"}),  # of the base
     "left-out": (some_left_out, {"value_warmup_batches": 0, "scale_rewards": False}),
 }
 
@@ -57,7 +59,10 @@ WAYS = {
 def iterate(model_folder: str, out: Path, batch: int, contexts: int, way: str) -> None:
     reward, settings = WAYS[way]
     prompts = Dataset.from_dict({"prompt": ["walk " * (1 + i) for i in range(contexts)]})
-    policy = GivenCompletions.from_hard_prompt(model_folder, "You are a kind helper.", dtype="float32")
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True) if way == "4-bits" else None
+    policy = GivenCompletions.from_hard_prompt(
+        model_folder, "You are a kind helper.", dtype="float32", quantization_config=in_4_bits
+    )
     policy.seen = []
     start = soft_prefix(policy.model).detach().clone()
     args = SingleStepPPOConfig(

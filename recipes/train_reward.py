@@ -11,8 +11,8 @@ from h2s import RewardModelTrainer
 from h2s.data import splits
 from h2s.data.datasets import read_judgements
 from h2s.report.accuracy import cross_validate, sheet_report, write_accuracy
+from h2s.reward import encoder
 from h2s.reward.config import TaskArguments
-from h2s.reward.encoder import open_encoder, prefix_config
 from h2s.reward.pairs import readable_pairs
 from h2s.run import arguments
 from h2s.run.folder import run_recipe
@@ -35,8 +35,8 @@ def main(run, argv: list[str] | None = None) -> None:
     path, form = data_args.require("path", "dataset"), (data_args.sheet, data_args.columns, data_args.labels)
     judgements = read_judgements(path, True, *form, data_args.encoding)
     name = model_args.require("reward_model_name_or_path", "model")
-    prefix = prefix_config(model_args.num_virtual_tokens)
-    source, tokenizer, args.max_tokens = open_encoder(name, prefix.num_virtual_tokens, model_args.max_tokens)
+    prefix = encoder.prefix_config(model_args.num_virtual_tokens)
+    source, tokenizer, args.max_tokens = encoder.open_encoder(name, prefix.num_virtual_tokens, model_args.max_tokens)
     pairs, seed = readable_pairs(judgements.dataset, tokenizer, args.max_tokens), data_args.split_seed
     roles = splits.split_for_models(pairs, seed, data_args.test_size, data_args.judge_share)
     folds = [] if data_args.folds is None else splits.folds_by_conversation(pairs, data_args.folds, seed)

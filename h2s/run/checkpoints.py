@@ -2,16 +2,12 @@
 
 import copy
 import logging
-import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -29,12 +25,19 @@ from h2s.hub import SavedAdapter, check_push, push_folders
 from h2s.run.callbacks import OwnPace
 from h2s.run.resume import BEGAN_WITH, check_began_with, rows_in_short, settings_to_keep, write_began_with
 from h2s.run.terminal import OneLinePerLog
+from h2s.run.whole_files import (
+    UNFINISHED,
+    UNFINISHED_ADAPTER,
+    clear_unfinished,
+    publish,
+    publish_files,
+    told,
+)
 
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
 WHOLE = StateDictOptions(full_state_dict=True)  # what a process has only a shard of
-UNFINISHED, UNFINISHED_ADAPTER = "unfinished-checkpoint", "unfinished-adapter"
 # What a checkpoint is resumed from. PEFT would take weights of another format, too.
 NEEDED = {
     "adapter_model.safetensors": "adapter_model.safetensors",
@@ -240,7 +243,7 @@ class WholeCheckpoints(Trainer):
         if self.args.should_save:
             clear_unfinished(run)
         self.accelerator.wait_for_everyone()
-        with _told(run / name):
+        with told(run / name):
             self.args.output_dir = str(run / UNFINISHED)  # Trainer derives every path from it
             try:
                 super()._save_checkpoint(model, trial)
@@ -277,7 +280,7 @@ class WholeCheckpoints(Trainer):
     def save_best(self) -> None:
         """Replace what lies at the run's root, file by file: a kill leaves each of them whole."""
         root = Path(self.args.output_dir)
-        with _told(root):
+        with told(root):
             self.save_model(str(root / UNFINISHED_ADAPTER), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -308,46 +311,3 @@ def check_one_device(args: TrainingArguments) -> None:
             f"one process sees {args.n_gpu} CUDA devices: start it with accelerate launch, or show it one by "
             "CUDA_VISIBLE_DEVICES"
         )
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Say what could not be written and how much room there is: torch's and safetensors' own errors do not."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(path.parent).free / 2**20
-        raise OSError(f"{path} could not be written ({error}), {free:.0f} MB are free there") from error
-
-
-def publish(written: Path, final: Path) -> None:
-    """Rename a folder once the disk holds all that is in it; one that is there already makes room for it."""
-    for path in [*written.rglob("*"), written]:
-        _sync(path)
-    if final.exists():
-        final.rename(written.parent / "replaced")
-    written.rename(final)
-    _sync(final.parent)
-
-
-def publish_files(written: Path, folder: Path) -> None:
-    """Move each file of a folder into another, replacing those of the same name; each is whole at any time."""
-    for file in sorted(written.iterdir()):
-        _sync(file)
-        file.replace(folder / file.name)
-    written.rmdir()
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Delete what a run was writing when it ended."""
-    for name in (UNFINISHED, UNFINISHED_ADAPTER):
-        shutil.rmtree(folder / name, ignore_errors=True)

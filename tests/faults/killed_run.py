@@ -25,13 +25,14 @@ import h2s.report.soft_vs_hard
 import h2s.reward.model
 import h2s.reward.trainer
 import h2s.run.checkpoints
+import h2s.run.whole_files
 
 # Where a kill may fall: each file of a checkpoint or an adapter, and
 SAVING = (
     (h2s.run.checkpoints.WholeCheckpoints, "_save_optimizer_and_scheduler"),
     (h2s.run.checkpoints.WholeCheckpoints, "_save_rng_state"),
     (h2s.run.checkpoints.WholeCheckpoints, "_publish"),
-    (h2s.run.checkpoints, "_sync"),
+    (h2s.run.whole_files, "_sync"),
     (h2s.run.checkpoints, "rotate_checkpoints"),
 )
 MOMENTS = {

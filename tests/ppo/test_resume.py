@@ -9,7 +9,7 @@ from ppo.runs import EVERY_STEP, KEEP_ALL, Course, logged, prefix_of, root_of, s
 
 from h2s import InputError, PrefixTuningPolicyModel
 from h2s.prefix.adapter import HARD, hard_prompt_active, soft_prefix
-from h2s.run.checkpoints import UNFINISHED
+from h2s.run.whole_files import UNFINISHED
 
 RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_mini_batches": 2, "contexts": range(20)}
 

@@ -1,8 +1,6 @@
 """Which checkpoint a run goes on from, and which are deleted."""
 
-import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -263,25 +261,6 @@ def test_the_only_checkpoint_stays_until_the_next_is_whole(build, tmp_path, monk
     assert seen == [{"unfinished-checkpoint"}, {"unfinished-checkpoint", "checkpoint-1"}]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(build, tmp_path, monkeypatch):
-    trainer = build(losses=(2, 1, 1))
-    plain = os.fsync
-
-    def full(handle):
-        if trainer.state.global_step == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain(handle)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"checkpoint-2 could not be written .*No space left.* MB are free there"):
-        trainer.train()
-    assert names(tmp_path / "run") == {"checkpoint-1", "unfinished-checkpoint"}
-    monkeypatch.undo()
-    again = build(losses=(2, 1, 1))
-    again.train(resume_from_checkpoint=True)
-    assert names(tmp_path / "run") == {"checkpoint-2", "checkpoint-3"}
-
-
 def test_a_finished_run_that_is_resumed_makes_no_further_step(build, tmp_path):
     """Its last step lies within an epoch: five steps of an epoch of three."""
     build().train()
@@ -296,19 +275,6 @@ def test_what_is_no_number_is_never_the_best(build):
     with pytest.raises(RunError, match="eval_loss is nan: no adapter can be chosen by it"):
         trainer.is_best({"eval_loss": float("nan")})
     assert trainer.is_best({"eval_loss": 5.0})
-
-
-def test_the_disk_holds_a_checkpoint_before_its_name_says_so(build, tmp_path, monkeypatch):
-    """Every file and the folder itself are synced, then renamed, then the rename is synced."""
-    trainer = build(losses=(1,))
-    done = []
-    plain, rename = h2s.run.checkpoints._sync, Path.rename
-    monkeypatch.setattr(h2s.run.checkpoints, "_sync", lambda path: (done.append(path.name), plain(path)))
-    monkeypatch.setattr(Path, "rename", lambda path, to: (done.append("renamed"), rename(path, to))[1])
-    trainer.train()
-    at = done.index("renamed")
-    assert set(done[:at]) == names(tmp_path / "run" / "checkpoint-1") | {"checkpoint-1"}
-    assert done[at + 1 :] == ["run"]
 
 
 @pytest.mark.parametrize(("greater", "values"), [(False, [3, 1, 1, 2, 0.5]), (True, [3, 5, 5, 4, 6])])

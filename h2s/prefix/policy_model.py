@@ -184,15 +184,8 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
         device: str | torch.device | None = None,
     ) -> "PrefixTuningPolicyModel":
         """The second step of both: the base model's weights, and the adapter's or the hard prompt's own prefix."""
-        base = load_base_model(
-            opened.source,
-            opened.revision,
-            dtype,
-            attn_implementation,
-            device or PartialState().device,
-            opened.prefix.quantization,
-            **opened.download,
-        )
+        how: dict[str, Any] = {"device": device or PartialState().device, "quantization": opened.prefix.quantization}
+        base = load_base_model(opened.source, opened.revision, dtype, attn_implementation, **how, **opened.download)
         if opened.legacy is None and opened.adapter is None:
             return cls._converted(base, opened.tokenizer, opened.prefix, opened.revision)
         model, prefix = random_prefix(base, len(opened.prefix.token_ids), opened.revision), opened.prefix

@@ -47,6 +47,8 @@ LOADING_ERRORS = (
     ImportError,  # of a package that the model, or how it shall run, needs
     StrictDataclassError,
 )
+# What a config.json may set for training it, and a prefix cannot run with.
+NEEDED_OF_CONFIG = {"return_dict": True, "gradient_checkpointing": False}
 EMBEDDED = "embedded:"
 EMBEDDED_MODELS = ("gemma-3-270m", "smollm2-135m-instruct", "minilm")
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -204,13 +206,20 @@ def load_config(source: str, revision: str | None = None, **download: Any) -> Pr
     """The model's configuration alone: what can be checked before weights load.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it sets what no prefix can run with.
     """
     try:
         # Not None: transformers would ask at the terminal whether to run code that comes with the model.
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **download)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **download)
     except LOADING_ERRORS as error:
         raise InputError(f"no model configuration can be loaded from {source}: {in_short(error)}") from error
+    for name, needed in NEEDED_OF_CONFIG.items():
+        if getattr(config, name, needed) != needed:
+            raise InputError(
+                f"the config.json of {source} sets {name} to {getattr(config, name)}, with which no prefix can run: "
+                f"set it to {needed} in a copy of the model"
+            )
+    return config
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -165,13 +165,17 @@ def run_example(folder):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("opening", [(), ("start",)], ids=["user first", "assistant first"])
-def test_the_example_of_a_policy_answers_as_the_hard_prompt(gemma_folder, opening, tmp_path):
+@pytest.mark.parametrize(
+    ("opening", "own"),
+    [((), {}), (("start",), {"use_cache": False})],
+    ids=["user first", "assistant first, what PEFT cannot generate with"],
+)
+def test_the_example_of_a_policy_answers_as_the_hard_prompt(gemma_folder, opening, own, tmp_path):
     base = shutil.copytree(gemma_folder, tmp_path / "base")
     settings = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
     for name in ("top_k", "top_p"):
         del settings[name]
-    settings |= {"do_sample": False, "max_new_tokens": 8}
+    settings |= {"do_sample": False, "max_new_tokens": 8, **own}
     (base / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     policy = PrefixTuningPolicyModel.from_hard_prompt(str(base), HARD_PROMPT, *opening)
     policy.save_pretrained(tmp_path / "kind")

@@ -207,7 +207,7 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
         save_adapter(self.model, self.tokenizer, self.prefix, folder, is_main_process)
 
     def _write_card(self, folder: Path, report: str, source: str) -> None:
-        about, use = describe(self.prefix, source)
+        about, use = describe(self.prefix, source, self.model.get_base_model().generation_config)
         title = "A system prompt as a soft prefix"
         write_card(folder, title, self.base_model, about, report, use, "text-generation", [])
 

@@ -108,8 +108,10 @@ def check_encoder(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, 
     """
     kind = config.model_type
     if kind not in [encoder.config_class.model_type for encoder in ENCODERS]:
-        why = ", which takes no past key values (so PEFT gives a prefix)" if kind in NO_PAST else ""
+        why = ", which takes no past key values (PEFT's way to hand a prefix over)" if kind in NO_PAST else ""
         raise InputError(f"{source} is a {kind} model{why}: the reward model must be a {FAMILIES}")
+    if config.is_decoder:
+        raise InputError(f"the config.json of {source} sets is_decoder: [CLS] would read none of the text behind it")
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise InputError(f"the tokenizer of {source} lacks a cls_token or a sep_token: take the encoder's own")
     if kind in COUNTED_FROM_PADDING and tokenizer.pad_token_id != config.pad_token_id:

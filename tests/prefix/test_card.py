@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from tiny import HARD_PROMPT, WINDOW
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from h2s import PrefixTuningPolicyModel
 from h2s.prefix.adapter import soft_prefix
@@ -14,13 +14,22 @@ from h2s.prefix.card import describe
 def test_what_it_is_and_how_to_use_it(policy):
     """The whole prompt is quoted, an empty line too; the conversation begins as the adapter's do."""
     prefix = replace(policy.prefix, hard_prompt="Be kind.\n\nAsk.", token_ids=[1, 2, 3], question_prefix="Q: ")
-    about, use = describe(prefix, "'here'")
+    about, use = describe(prefix, "'here'", policy.model.generation_config)
     assert about.startswith(
         "A soft prefix of 3 virtual tokens. It began as this hard prompt:\n\n> Be kind.\n> \n> Ask.\n\n"
         "Its chat template puts 'Q: ' in front of the question that the assistant begins with.\n\nGive `generate` the "
     )
     assert "`past_key_values=model.get_prompt(1)`" in about and "with 3 ids of any token in" in about
     assert use.count("from_pretrained('here')") == 2 and 'chat([{"role": "user"' in use
+
+
+def test_what_its_base_generates_with_and_peft_cannot(policy):
+    config = GenerationConfig(cache_implementation="static", use_cache=False, repetition_penalty=1.5)
+    about, use = describe(policy.prefix, "'here'", config)
+    assert "Its base generates with use_cache and cache_implementation set, which PEFT cannot" in about
+    set_ = "model.generation_config.use_cache = True\nmodel.generation_config.cache_implementation = None\ntokenizer ="
+    assert set_ in use and "repetition" not in use
+    assert "generation_config" not in describe(policy.prefix, "'here'", GenerationConfig())[1]
 
 
 @pytest.mark.parametrize("sentences", [1, 6], ids=["short", "beyond the window"])

@@ -215,6 +215,8 @@ TABLE = [
       ]],
     (WITH_PROMPT, without_template, "no chat template", "instruct model"),
     ("train_reward", ours("reward_model_name_or_path", "gemma"), "is a gemma3_text model", "must be a BERT"),
+    ("train_reward", lambda p: model(reward_model_name_or_path=str(p.copy("bert", config={"is_decoder": True}))),
+     "sets is_decoder: [CLS] would read none of the text behind it"),
     *[("train_reward", model(max_tokens=number), "max_tokens must lie between 5 and 124",
        "128 positions minus 4 virtual tokens", f"got {number}") for number in (2, 125, -1)],
     *[(WITH_PROMPT, model(attn_implementation=name), f"cannot run with attn_implementation {name}: ")

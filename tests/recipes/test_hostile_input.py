@@ -499,6 +499,8 @@ MODELS = {
     "only a pickle": (only_a_pickle, "expected weights in safetensors", "no pickle is read"),
     "truncated weights": (cut_off_weights, "is not a whole safetensors file", "copy it again"),
     "nonsense": (lambda p, of: p.copy(of, config={"hidden_size": "wide"}), "can be loaded", "hidden_size", "got str"),
+    "outputs as tuples": (lambda p, of: p.copy(of, config={"return_dict": False}), "sets return_dict to False, with"),
+    "checkpointing": (lambda p, of: p.copy(of, config={"gradient_checkpointing": True}), "sets gradient_checkpointing"),
     "Hub name without network": (lambda p, of: "nobody/no-such-model", "can be loaded from nobody/no-such-model"),
     "a name no file can have": (lambda p, of: "a/" + "b" * 5000, "can be loaded from a/b"),
 }

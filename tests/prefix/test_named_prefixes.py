@@ -265,7 +265,7 @@ def test_another_revision_of_the_base_is_refused_where_both_are_known(policy, ot
 
 def test_another_quantization_of_the_base_is_refused(policy, other, tmp_path):
     replace(other.prefix, quantization={"load_in_4bit": True}).save(tmp_path / "other")
-    with pytest.raises(InputError, match="in another quantization: expected None, got .*load_in_4bit"):
+    with pytest.raises(InputError, match=r"in another quantization: expected None, got .*load_in_4bit"):
         policy.load_adapter(tmp_path / "other", "shop")
 
 

@@ -161,6 +161,11 @@ class NamedPrefixes:
                 f"{name} was made for another base model: expected {ours} (revision {commit}), got {theirs} (revision "
                 f"{other_commit})"
             )
+        ours_in, theirs_in = self.prefix.quantization, opened.prefix.quantization
+        if ours_in != theirs_in:
+            raise InputError(
+                f"{name} was made for its base in another quantization: expected {ours_in}, got {theirs_in}"
+            )
 
 
 def _base(source: str, revision: str | None) -> tuple[str, str | None]:

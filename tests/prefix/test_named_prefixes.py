@@ -263,6 +263,12 @@ def test_another_revision_of_the_base_is_refused_where_both_are_known(policy, ot
         policy.load_adapter(tmp_path / "other", "shop")
 
 
+def test_another_quantization_of_the_base_is_refused(policy, other, tmp_path):
+    replace(other.prefix, quantization={"load_in_4bit": True}).save(tmp_path / "other")
+    with pytest.raises(InputError, match=r"in another quantization: expected None, got .*load_in_4bit"):
+        policy.load_adapter(tmp_path / "other", "shop")
+
+
 @pytest.mark.parametrize(("source", "refused"), [("google/gemma-3-1b-it", False), ("google/gemma-3-12b-it", True)])
 def test_a_base_in_the_hubs_cache_is_the_one_of_its_name(
     policy, other, gemma_folder, tmp_path, monkeypatch, source, refused

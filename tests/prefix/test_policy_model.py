@@ -287,7 +287,7 @@ def test_the_card_quotes_the_whole_prompt_and_names_no_folder_of_this_machine(ta
     policy = from_hard_prompt(talkative, hard_prompt)
     policy.save_pretrained(tmp_path / "run" / "checkpoint-3", "Measured: **much**.")
     card = (tmp_path / "run" / "checkpoint-3" / "README.md").read_text(encoding="utf-8")
-    quoted = card.split("It began as this hard prompt:\n\n")[1].split("\n\n## Use")[0]
+    quoted = card.split("It began as this hard prompt:\n\n")[1].split("\n\nGive `generate`")[0]
     assert "\n\nMeasured: **much**.\n\nBase model" in card
     assert quoted.splitlines() == ["> Be kind.", "> ", "> # Rules", "> Ask one question.", "> "]
     assert f"{len(policy.prefix.token_ids)} virtual tokens" in card

@@ -83,6 +83,8 @@ def test_soft_and_hard_are_compared_with_the_tokens_of_training_unless_more_are_
 @pytest.mark.parametrize("cuda", [False, True])
 def test_use_cpu_where_there_is_no_cuda(monkeypatch, cuda):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "mixed_precision", "no"))
+    monkeypatch.setattr(
+        TrainingArguments, "__post_init__", lambda self: vars(self).update(mixed_precision="no", report_to=[])
+    )
     assert SingleStepPPOConfig().use_cpu is not cuda
     assert SingleStepPPOConfig(use_cpu=True).use_cpu is True

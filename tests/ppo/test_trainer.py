@@ -223,7 +223,7 @@ def test_what_a_run_leaves_behind(build):
     adapter |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {f.name for f in root.iterdir()} == adapter | {"completions", "checkpoint-1", "checkpoint-2"}
     # Adapter and value head are safetensors; only Trainer's own checkpoint internals are torch files.
-    internals = {"trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    internals = {"trainer_state.json", "began_with.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert {f.name for f in (root / "checkpoint-2").iterdir()} == adapter | internals
     # The frozen hard prompt is not saved, and the base is not.
     assert list(load_file(root / "adapter_model.safetensors")) == ["prompt_embeddings"]

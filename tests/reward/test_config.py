@@ -62,7 +62,7 @@ def test_nothing_is_evaluated_until_it_is_asked_for():
 def test_device_and_precision(monkeypatch, cuda, bf16_supported, settings, use_cpu, bf16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16_supported)
-    monkeypatch.setattr(RewardConfig, "__post_init__", lambda self: None)
+    monkeypatch.setattr(RewardConfig, "__post_init__", lambda self: setattr(self, "report_to", []))
     args = RewardModelConfig(**settings)
     assert (args.use_cpu, args.bf16) == (use_cpu, bf16)
 

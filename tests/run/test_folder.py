@@ -445,7 +445,7 @@ BUGS = [
     ("train_policy", "SingleStepPPOTrainer", True),
     ("generate", "parse_messages", False),
     ("compare", "h2s.data.splits.split_by_conversation", False),
-    ("compare", "soft_vs_hard", True),
+    ("compare", "h2s.report.strengths.along", True),
 ]
 
 

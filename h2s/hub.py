@@ -67,14 +67,14 @@ def adapter_folder(name: str | Path, revision: str | None = None, **download: An
                 raise InputError(f"{file} is a link out of its folder, to {file.resolve()}: put the file itself there")
         return str(folder)
     repo_id, at, named = name.partition("@")
-    if repo_id.count("/") != 1 or name[:1] in "./~":
+    if repo_id.count("/") != 1 or name[:1] in "./~" or (at and not named):
         raise InputError(f"no such adapter folder: {name}")
     if at and revision not in (None, named):
         raise InputError(f"{name} names a revision, and revision is {revision}: give one of the two")
     try:
         revision = named if at else revision
         return snapshot_download(repo_id, revision=revision, allow_patterns=list(ADAPTER_FILES), **download)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # of the HTTP client, whose errors huggingface_hub does not wrap, too
         raise InputError(f"{name} is no folder, and the Hub gives no such adapter: {in_short(error)}") from error
 
 
@@ -99,6 +99,13 @@ def hub_name(base: str) -> tuple[str, str | None] | None:
     except HFValidationError:
         return None
     return base, None
+
+
+def short_name(adapter: str) -> str:
+    """What an adapter is called: its folder or repository, without owner, revision and the cache's own folders."""
+    folder = Path(adapter)
+    known = hub_name(adapter) if folder.is_dir() else (adapter.partition("@")[0], None)
+    return Path(known[0] if known else folder).name
 
 
 def public_name(base: str) -> tuple[str, str | None]:

@@ -213,13 +213,22 @@ def load_config(source: str, revision: str | None = None, **download: Any) -> Pr
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **download)
     except LOADING_ERRORS as error:
         raise InputError(f"no model configuration can be loaded from {source}: {in_short(error)}") from error
+    check_config(config, source)
+    return config
+
+
+def check_config(config: PretrainedConfig, source: str) -> None:
+    """Check that a configuration, read or of a loaded model, sets nothing that no prefix can run with.
+
+    Raises:
+        InputError: it does.
+    """
     for name, needed in NEEDED_OF_CONFIG.items():
         if getattr(config, name, needed) != needed:
             raise InputError(
-                f"the config.json of {source} sets {name} to {getattr(config, name)}, with which no prefix can run: "
-                f"set it to {needed} in a copy of the model"
+                f"the configuration of {source} sets {name} to {getattr(config, name)}, with which no prefix can run: "
+                f"set it to {needed}"
             )
-    return config
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -14,8 +14,8 @@ from h2s.run.recipe import parse_command
 @run_recipe
 def main(run, argv: list[str] | None = None) -> None:
     args, folder = parse_command(PushArguments, argv, folder="The adapter's folder.")
-    name = args.hub_model_id or Path(folder).resolve().name
-    for url in push_folders({Path(folder): name}, args):
+    path = Path(folder).expanduser()
+    for url in push_folders({path: args.hub_model_id or path.resolve().name}, args):
         print(f"pushed to {url}")
 
 

@@ -14,8 +14,9 @@ from h2s.prefix.generation import Sampling
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
 from h2s.report.comparison import of_hard_prompt, over_optimisation_line, over_optimised, summarise, unfair_match
 from h2s.report.soft_vs_hard import soft_vs_hard
-from h2s.reward.functions import RewardFunctions
+from h2s.reward.functions import RewardFunctions, reward_columns
 from h2s.run.checkpoints import WholeCheckpoints
+from h2s.run.resume import short_hash
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ class EvaluatedPolicy(WholeCheckpoints):
     compared_sampling: Sampling
     value_head: ValueHead
     control: Any
-    learnt_from = ("prompt_ids",)
 
     def compare(self, contexts: Dataset) -> pd.DataFrame:
         """Soft against hard on contexts that nothing was chosen by: the table of `soft_vs_hard`, scored as here."""
@@ -69,6 +69,10 @@ class EvaluatedPolicy(WholeCheckpoints):
             self._warn(f"{over_optimisation_line(*verdict)}; the adapter of step {self.state.best_global_step} is kept")
         return metrics
 
+    def learnt_from(self, rows: Dataset) -> list[str]:
+        """The prompts, and what rewards are handed."""
+        return ["prompt_ids", *reward_columns(rows)]
+
     def began_with(self) -> dict[str, Any]:
         """Also the prompt, what it is compared with, and the rewards, whose unit is measured at the beginning."""
         args, prefix = self.args, self.policy.prefix
@@ -76,6 +80,12 @@ class EvaluatedPolicy(WholeCheckpoints):
             "model": Path(self.policy.model.peft_config[SOFT].base_model_name_or_path).name,  # it may have been moved
             "hard_prompt": [message["content"] for message in prefix.opening_messages],
             "rewards": {name: scorer.described() for name, scorer in self.scorers.items()},
+            "chat_template_kwargs": prefix.chat_template_kwargs,
+            "quantization": prefix.quantization,
+            "list of seen conversations": f"{len(prefix.seen)} ({short_hash(prefix.seen)})",
+            # What soft and hard are compared by: the best step so far could not be compared with others.
+            "eval_max_completion_length": args.compared_completion_length,
+            "temperature": args.temperature,
             "scale_rewards": args.scale_rewards,
             "value_warmup_batches": args.value_warmup_batches,
         }

@@ -81,7 +81,9 @@ class NamedPrefixes:
         self.add_hard_prompt()
         hard, prefix = hard_prefix(self.model), soft_prefix(self.model, self.active)
         soft, last = self._strengths.get(self.active, (prefix.clone(), 1.0))
-        if not torch.equal(prefix, torch.lerp(hard, soft, last)):  # trained or loaded since then
+        soft = soft.to(prefix)  # the model may have been moved since then
+        # Trained or loaded since then? (Not compared to the last bit: another device rounds otherwise.)
+        if not torch.allclose(prefix, torch.lerp(hard, soft, last), rtol=1e-6, atol=1e-7):
             soft = prefix.clone()
         prefix.copy_(torch.lerp(hard, soft, strength))  # lerp is exact at both ends
         self._strengths[self.active] = soft, float(strength)
@@ -103,7 +105,7 @@ class NamedPrefixes:
         """
         self._check_whole()
         self.add_hard_prompt()  # its name is taken too
-        if hasattr(self.model.prompt_encoder, name) or "." in name:
+        if not isinstance(name, str) or hasattr(self.model.prompt_encoder, name) or "." in name:
             raise InputError(f"a prefix cannot be called {name!r} here: the name is taken, or PEFT cannot have it")
         if name in f"{PeftType.PREFIX_TUNING.value.lower()}_":
             raise InputError(

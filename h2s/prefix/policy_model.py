@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from h2s.data.messages import Messages, as_messages, parse_messages
 from h2s.errors import InputError
 from h2s.hub import SavedAdapter, write_card
-from h2s.models import load_base_model, load_tokenizer, model_source
+from h2s.models import check_config, load_base_model, load_tokenizer, model_source
 from h2s.prefix.adapter import (
     fill,
     fingerprint,
@@ -126,6 +126,7 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
             raise InputError(f"model must be a name or a transformers model, got a {type(model).__name__}")
         check_download(download)
         check_family(model.config)
+        check_config(model.config, model.name_or_path)
         if quantization_config is not None:
             raise InputError("quantization_config is for a name: a loaded model is quantised as it was loaded")
         check_quantization(model.config, None)

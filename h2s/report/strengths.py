@@ -87,7 +87,7 @@ def report(tables: Mapping[float, pd.DataFrame], names: Sequence[str]) -> str:
 
 def _highest(tables: Mapping[float, pd.DataFrame], name: str) -> str:
     """Which strength is highest, and by how much more than the trained prefix itself, paired by context."""
-    best = max(tables, key=lambda strength: _differences(tables[strength], name).mean())
+    best = max(tables, key=lambda strength: (_differences(tables[strength], name).mean(), strength == 1))
     if best == 1:
         return f"By the {name} none is higher than 1, where training ended."
     more = (tables[best][f"soft_{name}"] - tables[1.0][f"soft_{name}"]).dropna()

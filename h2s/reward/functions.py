@@ -25,7 +25,7 @@ from transformers import TrainerState
 from h2s.data.datasets import NOT_HANDED_ON
 from h2s.data.messages import Messages
 from h2s.errors import InputError
-from h2s.hub import adapter_folder
+from h2s.hub import adapter_folder, short_name
 from h2s.prefix.adapter import fingerprint, read_adapter_config
 from h2s.reward.model import RewardModel, read_settings
 
@@ -167,9 +167,11 @@ class RewardFunctions:
 
     def described(self) -> list[str]:
         """Each reward by its name, its weight, and of a reward model the fingerprint of its prefix."""
-        prints = [f" {fingerprint(f.model)[:8]}" if isinstance(f, RewardModel) else "" for f in self.functions]
-        rows = zip(self.names, prints, self.weights.tolist(), strict=True)
-        return [f"{name}{of_model} times {weight:g}" for name, of_model, weight in rows]
+        known = [  # a model's folder may have been moved
+            f"reward model {fingerprint(f.model)[:8]}" if isinstance(f, RewardModel) else name
+            for name, f in zip(self.names, self.functions, strict=True)
+        ]
+        return [f"{reward} times {weight:g}" for reward, weight in zip(known, self.weights.tolist(), strict=True)]
 
     def cuts(self) -> Counter:
         """How many contexts and responses its reward models cut to what they take."""
@@ -214,7 +216,7 @@ def _unwrapped(function: RewardFunction) -> RewardFunction:
 
 def _name(function: RewardFunction | str) -> str:
     if isinstance(function, str):
-        return Path(function).name
+        return short_name(function)
     return getattr(_unwrapped(function), "__name__", type(_unwrapped(function)).__name__)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from h2s.data.messages import Messages
 from h2s.data.splits import UNKNOWN
 from h2s.errors import InputError
-from h2s.hub import SavedAdapter, adapter_folder, write_card
+from h2s.hub import SavedAdapter, adapter_folder, short_name, write_card
 from h2s.models import load_config, load_tokenizer
 from h2s.prefix.adapter import read_adapter_config
 from h2s.prefix.chat_template import H2S_FILE
@@ -115,9 +115,9 @@ class RewardModel(SavedAdapter):
                 folder, num_labels=1, use_safetensors=True, trust_remote_code=False, **download
             )
         settings = read_settings(folder)
-        base = load_config(config.base_model_name_or_path, **download)
+        base = load_config(config.base_model_name_or_path, config.revision, **download)
         max_tokens = max_text_tokens(base, tokenizer, config.num_virtual_tokens, settings["max_tokens"])
-        name = Path(str(folder_or_hub_id)).name
+        name = short_name(str(folder_or_hub_id))
         model = model.to(device or PartialState().device)
         return cls(model, tokenizer, max_tokens, name=name, seen=settings["seen"])
 

@@ -16,7 +16,7 @@ from trl import RewardTrainer
 
 from h2s.data.splits import conversations_in
 from h2s.errors import InputError, RunError
-from h2s.models import load_tokenizer
+from h2s.models import check_config, load_tokenizer
 from h2s.prefix.adapter import SOFT, load_weights, soft_prefix
 from h2s.reward.config import RewardModelConfig
 from h2s.reward.encoder import (
@@ -119,8 +119,6 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         InputError: the model is none of these, the adapter no prefix, or `max_tokens` does not fit.
     """
 
-    learnt_from = ("chosen_ids", "rejected_ids")
-
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
@@ -151,6 +149,7 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
                     f"model must be a name, or a {FAMILIES} for sequence classification with one label, got a {got}"
                 )
             source, tokenizer = model, processing_class or load_tokenizer(model.name_or_path)
+            check_config(model.config, model.name_or_path)
             check_encoder(model.config, tokenizer, model.name_or_path)
             max_tokens = max_text_tokens(model.config, tokenizer, virtual, args.max_tokens)
         train_dataset = readable_pairs(train_dataset, tokenizer, max_tokens)
@@ -175,6 +174,10 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         seen = conversations_in(train_dataset, eval_dataset)
         self.adapter = self.reward_model = RewardModel(peft_model, tokenizer, max_tokens, seen=seen)
 
+    def learnt_from(self, rows: Dataset) -> list[str]:
+        """The texts' tokens."""
+        return ["chosen_ids", "rejected_ids"]
+
     def began_with(self) -> dict[str, Any]:
         """Also the encoder and its prefix."""
         config = self.reward_model.model.peft_config[SOFT]
@@ -198,6 +201,9 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
     def load_kept(self) -> None:
         """The best epoch's checkpoint, if epochs were evaluated."""
         state, args = self.state, self.args
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if state.best_model_checkpoint is None and best.is_dir():  # the run's folder was moved
+            state.best_model_checkpoint = str(best)
         if state.best_model_checkpoint is not None:
             load_weights(self.reward_model.model, state.best_model_checkpoint)
             what, kept = args.metric_for_best_model, state.best_model_checkpoint

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ def check_strength(value: Any) -> None:
     Raises:
         InputError: it is no number from 0 to 1.5.
     """
-    if not (isinstance(value, int | float) and 0 <= value <= LARGEST_STRENGTH):  # NaN is not
+    if not (isinstance(value, Real) and 0 <= float(value) <= LARGEST_STRENGTH):  # NaN is not
         expected = f"a number from 0, the hard prompt, to {LARGEST_STRENGTH} (1 is the trained prefix)"
         raise InputError(f"a strength must be {expected}, got {value!r}")
 
@@ -60,6 +61,8 @@ def _strengths(value: list[float] | str) -> list[float]:
         raise InputError(f"strengths must be numbers with commas between them (0.5,1,1.5), got {value!r}") from None
     for strength in strengths:
         check_strength(strength)
+    if not strengths:
+        raise InputError("strengths are none: leave them out, or give some (0.5,1,1.5)")
     if len(set(strengths)) < len(strengths):
         raise InputError(f"strengths must be given once each, got {value!r}")
     return strengths

@@ -4,10 +4,12 @@ import copy
 import logging
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -56,7 +58,6 @@ class WholeCheckpoints(Trainer):
     """
 
     adapter: SavedAdapter
-    learnt_from: tuple[str, ...]  # the columns that make a data set another one
 
     def __init__(self, *, args: TrainingArguments, **kwargs: Any):
         check_one_device(args)
@@ -89,7 +90,7 @@ class WholeCheckpoints(Trainer):
         """
         if self.pushes_at_end:
             check_push(self.args, self.adapter.base_model, Path(self.args.output_dir).name)
-        checkpoint = None
+        self.beginning, checkpoint = self.began_with(), None
         if resume_from_checkpoint:
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         elif any(Path(self.args.output_dir).glob("checkpoint-*")):
@@ -121,10 +122,14 @@ class WholeCheckpoints(Trainer):
         """What the terminal says of a log line. Each trainer knows what matters in it."""
         raise NotImplementedError
 
+    def learnt_from(self, rows: Dataset) -> Sequence[str]:
+        """The columns that make a data set another one. Each trainer knows what it uses."""
+        raise NotImplementedError
+
     def began_with(self) -> dict[str, Any]:
         """What a run that resumes this one must have, too."""
         parts = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        data = {name: rows_in_short(part, self.learnt_from) for name, part in parts.items()}
+        data = {n: None if part is None else rows_in_short(part, self.learnt_from(part)) for n, part in parts.items()}
         return settings_to_keep(self.args) | data
 
     def load_kept(self) -> None:
@@ -157,7 +162,7 @@ class WholeCheckpoints(Trainer):
         wrote, have = len(list(folder.glob("rng_state*.pth"))), self.args.world_size
         if wrote != have:
             raise InputError(f"{folder} was written by {wrote} processes, this run has {have}: start {wrote}")
-        check_began_with(folder, self.began_with())
+        check_began_with(folder, self.beginning)
         self.args.eval_on_start = False  # this is not the start
         logger.info("resuming from %s", folder)
         return str(folder)
@@ -259,7 +264,7 @@ class WholeCheckpoints(Trainer):
 
     def _publish(self, written: Path, final: Path) -> None:
         self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        write_began_with(written, self.began_with())
+        write_began_with(written, self.beginning)
         # Trainer pickles its arguments; recipe.yaml says the same and can be trusted.
         (written / PICKLED_ARGUMENTS).unlink(missing_ok=True)
         publish(written, final)

@@ -30,6 +30,7 @@ from h2s.run.terminal import TerminalHandler, above_bars, any_letter, quiet_libr
 logger = logging.getLogger("h2s")
 
 LOG_FILE = "train.log"
+WHERE_TO_PUSH = ("hub_model_id", "hub_private_repo", "hub_revision")
 # A launcher passes on what a scheduler has sent to every process: two signals within these seconds are one.
 ONE_SIGNAL = 5
 
@@ -117,6 +118,8 @@ class Run:
         if task.push_to_hub:
             self.pushed = ["", *subfolders]
             check_push(task, base, task.run_name, [part and f"-{part}" for part in self.pushed])
+        elif idle := [name for name in WHERE_TO_PUSH if getattr(task, name) is not None]:
+            raise InputError(f"{' and '.join(idle)} would have no effect without push_to_hub: true")
 
     def push(self, task: Any) -> None:
         """Push what `check_push` was told of, now that all is saved and reported.

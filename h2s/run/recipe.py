@@ -177,6 +177,8 @@ def resume_mismatch(path: Path, model: Any, dataset: Any) -> str | None:
         saved = recorded.get(section) or {}
         for f in dataclasses.fields(values):
             was, now = saved.get(f.name, f.default), getattr(values, f.name)
+            if f.name == "reward_function" and was and now:
+                was, now = os.path.basename(was), os.path.basename(now)
             if f.name not in (*INPUT_PATHS, *HOW_IT_RUNS) and was != now:  # a file may have been moved
                 began_with = f"{path.parent} began with {f.name} {was}, this run has {now}"
                 return f"{began_with}: go on with the former, or choose another run_name"

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from ppo.runs import EVERY_STEP, KEEP_ALL, Course, logged, prefix_of, root_of, saved_prefix, texts, varied
+from ppo.runs import EVERY_STEP, KEEP_ALL, Course, contexts_of, logged, prefix_of, root_of, saved_prefix, texts, varied
+from tiny import HARD_PROMPT
 
 from h2s import InputError, PrefixTuningPolicyModel
 from h2s.prefix.adapter import HARD, hard_prompt_active, soft_prefix
@@ -97,6 +98,10 @@ def test_the_newest_complete_checkpoint_is_taken(build, said):
         ({"reward_funcs": texts}, r"rewards was {'reward': \['varied times 1'\]} when .* \['texts times 1'\]}: go on"),
         ({"reward_weights": [2.0]}, r"rewards was .* now it is {'reward': \['varied times 2'\]}: go on"),
         ({"judge": varied}, "metric_for_best_model was reward_difference when .* now it is judge_difference: go on"),
+        ({"rewarded": 100}, r"train_dataset was 20 rows \(\w+\) when the run of .* it is 20 rows \(\w+\): go on"),
+        ({"seen": "0" * 16}, r"list of seen conversations was \d+ \(\w+\) when the run of .* now it is \d+ \("),
+        ({"eval_max_completion_length": 40}, "eval_max_completion_length was 6 when the run of .* now it is 40: go on"),
+        ({"temperature": 0.5}, "temperature was 1.0 when the run of .* now it is 0.5: go on with the former"),
         ({"scale_rewards": True}, "scale_rewards was False when the run of .* now it is True: go on"),
         ({"value_warmup_batches": 3}, "value_warmup_batches was 2 when the run of .* now it is 3: go on"),
         ({"contexts": range(1, 21)}, r"train_dataset was 20 rows \(\w+\) when the run of .* it is 20 rows \(\w+\): go"),
@@ -105,8 +110,13 @@ def test_the_newest_complete_checkpoint_is_taken(build, said):
 def test_what_would_make_it_another_run_is_refused(build, gemma_folder, changes, words):
     """Its reference, its rewards and their unit, its contexts: no shape would tell."""
     build(**RUN | {"max_steps": 2}).train()
-    if "hard_prompt" in changes:
-        changes = {"model": PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), changes["hard_prompt"])}
+    if "rewarded" in changes:  # a column that rewards are handed
+        others = contexts_of(RUN["contexts"]).map(lambda row: {"number": row["number"] + changes["rewarded"]})
+        changes = {"train_dataset": others}
+    if changes.keys() & {"hard_prompt", "seen"}:
+        policy = PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), changes.get("hard_prompt", HARD_PROMPT))
+        policy.prefix = policy.prefix.having_seen([changes["seen"]] if "seen" in changes else [])
+        changes = {"model": policy}
     again = build(**RUN | changes)
     with pytest.raises(InputError, match=words):
         again.train(resume_from_checkpoint=True)

@@ -62,6 +62,14 @@ def test_the_dial_is_exact_at_both_ends_and_a_line_between(policy):
     assert torch.equal(hard, policy.model.prompt_encoder[HARD].embedding.weight)
 
 
+def test_the_model_may_be_moved_in_between(policy):
+    trained = move(policy)
+    policy.set_strength(0.5)
+    policy.model.to(torch.float64)
+    policy.set_strength(1)
+    assert torch.allclose(soft_prefix(policy.model), trained.double(), rtol=0, atol=1e-6)
+
+
 def test_a_prefix_that_was_never_trained_is_the_hard_prompt_at_every_strength(policy):
     for strength in (0.5, 1.5, 0, 1):
         policy.set_strength(strength)

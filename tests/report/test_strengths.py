@@ -111,6 +111,11 @@ def test_report_by_hand(tables):
     ]
 
 
+def test_none_is_above_where_training_ended_if_all_are_alike(tables):
+    alike = {at: table.assign(soft_judge=1.0, hard_judge=1.0) for at, table in tables.items()}
+    assert report(alike, ["judge"]).endswith("By the judge none is higher than 1, where training ended.")
+
+
 def test_what_a_score_left_out_and_what_has_no_kl(tables):
     """Of strength 0.5 one context is left out: 2, 0 and 3 halved are left. The judge, if there is one, decides."""
     tables[0.5].loc[1, "soft_reward"] = math.nan

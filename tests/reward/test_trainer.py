@@ -410,6 +410,20 @@ def test_a_resumed_run_ends_in_the_same_bits(build, resume):
     assert same(trained_by(whole.reward_model.model), trained_by(resumed.reward_model.model))
 
 
+def test_a_run_that_was_moved_keeps_its_best_epoch(build):
+    """The checkpoint's own note of where that lies names a folder that is gone."""
+    settings = EVERY_STEP | {"max_steps": 3, "save_total_limit": None, "greater_is_better": True}  # the loss falls
+    first = build(folder="here", **settings)
+    first.train()
+    best, root = first.state.best_global_step, Path(first.args.output_dir)
+    assert best < 3
+    moved = build(folder="there", **settings)
+    there = root.rename(root.with_name("there"))
+    moved.train(resume_from_checkpoint=True)
+    of_best, of_last = (load_file(there / f"checkpoint-{n}" / ADAPTER)["prompt_embeddings"] for n in (best, 3))
+    assert torch.equal(soft_prefix(moved.reward_model.model), of_best) and not torch.equal(of_best, of_last)
+
+
 # What leaves the machine
 
 

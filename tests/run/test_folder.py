@@ -21,7 +21,7 @@ from h2s.run.arguments import (
     RewardDatasetArguments,
     RunArguments,
 )
-from h2s.run.folder import ONE_SIGNAL, ReadableLog, Run, StopOnSigterm, StopRequest, run_recipe
+from h2s.run.folder import ONE_SIGNAL, WHERE_TO_PUSH, ReadableLog, Run, StopOnSigterm, StopRequest, run_recipe
 from h2s.run.recipe import write_recipe
 
 LOGGER = logging.getLogger("h2s")
@@ -219,6 +219,13 @@ def test_how_to_go_on_can_be_pasted_into_a_shell(run, tmp_path):
     assert words == [*given, "goes", "on"]
 
 
+@pytest.mark.parametrize("name", ["hub_model_id", "hub_private_repo", "hub_revision"])
+def test_where_to_push_has_no_effect_without_a_push(run, name):
+    settings = SimpleNamespace(push_to_hub=False, **dict.fromkeys(WHERE_TO_PUSH) | {name: "x"})
+    with pytest.raises(InputError, match=f"{name} would have no effect without push_to_hub: true"):
+        run.check_push(settings, "me/base")
+
+
 def test_a_recipe_without_checkpoints_starts_over(run, start):
     folder = start()
     assert run.how_to_go_on() == f"{folder} is unfinished: the same command with another run_name starts over"
@@ -307,12 +314,12 @@ def test_a_run_pushes_its_folder_and_what_it_was_told_of(run, start, tmp_path, m
     done = []
     monkeypatch.setattr(h2s.run.folder, "check_push", lambda task, *args: done.append(args))
     monkeypatch.setattr(h2s.run.folder, "push_folders", lambda folders, task: done.append(folders))
-    settings = ConvertArguments(output_dir=str(tmp_path), run_name="first", hub_model_id=asked)
+    settings = ConvertArguments(output_dir=str(tmp_path), run_name="first")
     run.check_push(settings, "makers/gemma", "judge")
     folder = start()
     run.push(settings)
     assert done == [{}]
-    settings.push_to_hub = True
+    settings.push_to_hub, settings.hub_model_id = True, asked
     run.check_push(settings, "makers/gemma", "judge")
     settings.push_to_hub = False  # so that a trainer does not
     run.push(settings)

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from distributed.launching import launch
+from distributed.launching import ENVIRONMENT, launch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
 QUIET = ["--report_to", "none", "--disable_tqdm", "true"]
@@ -85,13 +85,16 @@ def test_bad_input_is_told_once(config, stage, flags, words, request, tmp_path):
 
 
 @pytest.mark.faults
-def test_a_killed_process_ends_the_run_and_leaves_what_can_be_gone_on_with(policy, tmp_path):
+def test_a_killed_process_ends_the_run_and_leaves_what_can_be_gone_on_with(policy, tmp_path, monkeypatch):
     flags = ["--output_dir", str(tmp_path), "--run_name", "run", "--save_steps", "1", "--max_steps", "4"]
-    done = launch(2, *policy, *flags, "--reward_function", "rewards_of_launches.killed", config="multi_gpu")
+    flags += ["--reward_function", "rewards_of_launches.killed"]
+    monkeypatch.setitem(ENVIRONMENT, "KILLS", "1")
+    done = launch(2, *policy, *flags, config="multi_gpu")
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "goes on" in line]
     assert "run holds checkpoint-2" in line
     assert of_two(tmp_path / "run")["global_step"] == 2
+    monkeypatch.delitem(ENVIRONMENT, "KILLS")
     done = launch(2, *policy, *flags, "--resume_from_checkpoint", "true", config="multi_gpu")
     assert done.returncode == 0, done.stderr[-8000:]
     assert of_two(tmp_path / "run")["global_step"] == 4

@@ -40,7 +40,7 @@ MOMENTS = {
     "train_policy": (
         *SAVING,
         (h2s.prefix.policy_model.PrefixTuningPolicyModel, "complete"),
-        (h2s.report.soft_vs_hard, "_answer_both"),
+        (h2s.report.soft_vs_hard, "_answer"),
         (h2s.ppo.trainer.SingleStepPPOTrainer, "_apply"),
         (h2s.prefix.policy_model, "save_adapter"),
         (h2s.ppo.iteration_log.IterationLog, "write_completions"),

@@ -1,6 +1,6 @@
 """What a resumed run must have as it began: written into each checkpoint, and compared.
 
-Rates, limits and what is logged may change: they count from where the run goes on.
+Rates, and when is logged, evaluated and saved, may change: they count from where the run goes on.
 """
 
 import hashlib

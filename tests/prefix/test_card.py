@@ -36,6 +36,7 @@ def test_what_its_base_generates_with_and_peft_cannot(policy):
 def test_a_cache_over_turns_as_the_card_says(gemma_folder, tmp_path, sentences):
     """By plain PEFT: each turn's logits and tokens as without the last turn's cache, with a prefix that has moved."""
     policy = PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT * sentences, dtype="float32")
+    torch.manual_seed(0)
     with torch.no_grad():
         soft_prefix(policy.model).add_(0.1 * torch.randn(soft_prefix(policy.model).shape))
     policy.save_pretrained(tmp_path)

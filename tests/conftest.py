@@ -35,6 +35,12 @@ from h2s import PrefixTuningPolicyModel
 from h2s.models import load_base_model, load_tokenizer
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """No test's draws depend on which ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def gemma_folder(tmp_path_factory) -> Path:
     return save_gemma(tmp_path_factory.mktemp("models") / "tiny-gemma")

@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, DynamicCache, PretrainedConfig, PreTrain
 from h2s.errors import InputError, in_short
 from h2s.models import LOADING_ERRORS, load_config, model_source, tensor_shapes
 from h2s.prefix.chat_template import ChatPrefix
+from h2s.prefix.families import check_family
 
 SOFT, HARD = "default", "hard_prompt"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -159,7 +160,10 @@ def read_adapter_config(folder: str | Path, task_type: TaskType, **download: Any
         raise InputError(f"{expected}: it is a {config.peft_type} adapter for {config.task_type}")
     found = tensor_shapes(Path(folder) / ADAPTER_WEIGHTS).get("prompt_embeddings")
     base = model_source(config.base_model_name_or_path)
-    layers, width = prefix_sizes(load_config(base, config.revision, **download))
+    base_config = load_config(base, config.revision, **download)
+    if task_type == TaskType.CAUSAL_LM:
+        check_family(base_config)
+    layers, width = prefix_sizes(base_config)
     fits = (config.num_virtual_tokens, 2 * layers * width)
     if (config.num_layers, config.token_dim) != (layers, width) or found != fits:
         raise InputError(

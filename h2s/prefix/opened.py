@@ -159,7 +159,6 @@ def open_adapter(folder_or_hub_id: str | Path, revision: str | None = None, **do
     prefix = ChatPrefix.load(folder)
     source, base_revision = model_source(config.base_model_name_or_path), config.revision
     base_config = load_config(source, base_revision, **download)
-    check_family(base_config)
     tokenizer = load_tokenizer(folder)
     return OpenedPolicy(source, base_revision, base_config, tokenizer, prefix, folder, download)
 

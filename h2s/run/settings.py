@@ -121,9 +121,7 @@ def check_reports(args: TrainingArguments) -> None:
         raise InputError(f"report_to: {error}") from error
     for name in args.report_to or []:
         if name not in get_available_reporting_integrations():
-            raise InputError(
-                f"report_to {name} needs a package that is not installed: pip install {name}, or leave it out"
-            )
+            raise InputError(f"report_to {name} needs a package that is not installed: install it, or leave {name} out")
 
 
 def check_schedule(args: TrainingArguments) -> None:

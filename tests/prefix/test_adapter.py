@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from elsewhere import elsewhere
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import HARD_PROMPT, WINDOW, build_tokenizer, sample_context, save_gemma
@@ -142,13 +141,12 @@ def test_another_prompt_gives_other_logits(base, tokenizer, stock):
 
 # Loads what was saved with no h2s in sight, and says what it sees.
 LOADER = """
-import json, sys
 import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, pipeline
 
-seen = []
-for folder, messages in json.load(sys.stdin):
+found = []
+for folder, messages in given:
     model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
@@ -159,9 +157,7 @@ for folder, messages in json.load(sys.stdin):
     chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
     reply = chat(messages, max_new_tokens=NEW_TOKENS, do_sample=False)[0]["generated_text"][-1]["content"]
     rows = model.get_base_model().get_input_embeddings().weight.shape[0]
-    seen.append({"logits": logits.tolist(), "reply": reply, "rows": rows, "entries": len(tokenizer)})
-assert "h2s" not in sys.modules
-json.dump(seen, sys.stdout)
+    found.append({"logits": logits.tolist(), "reply": reply, "rows": rows, "entries": len(tokenizer)})
 """.replace("NEW_TOKENS", str(NEW_TOKENS))
 SAVED = {
     "stock": (HARD_PROMPT, None, 0),
@@ -189,17 +185,7 @@ def loaded(tmp_path_factory, gemma_folder):
         model, prefix = make(load_base_model(str(source)), tokenizer, hard_prompt, opening)
         save_adapter(model, tokenizer, prefix, folder / name)
         cases[name] = (source, folder / name, conversations(opening)[0])
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER],
-        input=json.dumps([(str(f), m) for _, f, m in cases.values()]),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=folder,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    seen = elsewhere(LOADER, [(str(f), m) for _, f, m in cases.values()], folder)
     return {name: (*case, result) for (name, case), result in zip(cases.items(), seen, strict=True)}
 
 

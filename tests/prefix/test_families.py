@@ -329,9 +329,10 @@ def test_an_adapter_whose_base_was_changed_is_refused(families, tmp_path, no_mod
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder)}))
     PrefixTuningPolicyModel.open(adapter)
-    AutoConfig.for_model("cohere", **SIZES).save_pretrained(folder)
-    with pytest.raises(InputError, match="cohere models cannot be used"):
-        PrefixTuningPolicyModel.open(adapter)
+    for other in (AutoConfig.for_model("mamba"), AutoConfig.for_model("cohere", **SIZES)):
+        other.save_pretrained(folder)
+        with pytest.raises(InputError, match=f"{other.model_type} models cannot be used"):
+            PrefixTuningPolicyModel.open(adapter)
     cohere = AutoModelForCausalLM.from_config(AutoConfig.for_model("cohere", vocab_size=320, **SIZES))
     with pytest.raises(InputError, match="cohere models cannot be used"):
         PrefixTuningPolicyModel.from_hard_prompt(cohere, HARD_PROMPT, tokenizer=families["llama"].tokenizer)

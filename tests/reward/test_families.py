@@ -1,12 +1,10 @@
 """The encoders beside BERT: ELECTRA, RoBERTa and XLM-R by their own encoding of a pair; all others by name."""
 
-import json
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 import torch
+from elsewhere import elsewhere
 from peft import PrefixTuningConfig, TaskType, get_peft_model
 from tiny import ENCODERS, build_reward_model, sample_context, save_loud_encoder
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -24,19 +22,16 @@ CONTEXTS = [sample_context(i) for i in range(6)]
 RESPONSES = ["how was the walk?", "i like tea.", "a", "song " * 12, "I ran.", "cat film"]
 # The example of each card, with other texts.
 CARD = """
-import json, sys
 from pathlib import Path
 
-folders, pairs = json.load(sys.stdin)
-scores = []
+folders, pairs = given
+found = []
 for folder in folders:
     *lines, call = Path(folder, "README.md").read_text().split("```python\\n")[1].split("```")[0].strip().splitlines()
     names = {}
     exec("\\n".join(lines), names)
     call = call.replace('"the context", "the response"', "*pair")
-    scores.append([eval(call, {**names, "pair": pair}).item() for pair in pairs])
-assert "h2s" not in sys.modules
-json.dump(scores, sys.stdout)
+    found.append([eval(call, {**names, "pair": pair}).item() for pair in pairs])
 """
 
 
@@ -196,17 +191,7 @@ def test_the_cards_example_scores_the_same(learnt, tmp_path):
         loaded = RewardModel.from_pretrained(tmp_path / family)
         assert loaded.score(contexts, replies).tolist() == pytest.approx(expected[-1], abs=1e-5)
     pairs = [(context_text(c), r) for c, r in zip(contexts, replies, strict=True)]
-    done = subprocess.run(
-        [sys.executable, "-c", CARD],
-        input=json.dumps([list(learnt), pairs]),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for scores, ours in zip(json.loads(done.stdout), expected, strict=True):
+    for scores, ours in zip(elsewhere(CARD, [list(learnt), pairs], tmp_path), expected, strict=True):
         assert scores == pytest.approx(ours, abs=1e-5)
 
 

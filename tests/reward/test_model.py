@@ -1,11 +1,10 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from elsewhere import elsewhere
+from reward.texts import CONTEXTS, RESPONSES
 from safetensors.torch import load_file
-from tiny import sample_context
 from transformers import AutoTokenizer
 
 from h2s.errors import InputError
@@ -17,24 +16,6 @@ from h2s.reward.pairs import (
 
 VIRTUAL = 4
 LIMIT = 64
-
-
-def tokens(tokenizer, encoded):
-    return tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-
-
-CONTEXTS = [sample_context(i) for i in range(9)]
-RESPONSES = [
-    "how was the walk?",
-    "i like tea.",
-    "a",
-    "song " * 30,
-    "?",
-    "I ran and ran.",
-    "rain",
-    "cat film",
-    "trip. " * 7,
-]
 
 
 # Scores
@@ -85,18 +66,15 @@ def test_prefix_and_types_matter(loud):
 
 
 PLAIN = """
-import json, sys
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
-folder, pairs = json.load(sys.stdin)
+folder, pairs = given
 model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 with torch.no_grad():
-    scores = [model(**tokenizer(*pair, return_tensors="pt")).logits.item() for pair in pairs]
-assert "h2s" not in sys.modules
-json.dump(scores, sys.stdout)
+    found = [model(**tokenizer(*pair, return_tensors="pt")).logits.item() for pair in pairs]
 """
 
 
@@ -111,17 +89,7 @@ def test_plain_peft_scores_the_same(loud, tmp_path):
     scores = loaded.score([CONTEXTS[i] for i in short], [RESPONSES[i] for i in short]).tolist()
     assert scores == pytest.approx([score_alone(loud, CONTEXTS[i], RESPONSES[i]) for i in short], abs=1e-5)
     pairs = [(context_text(CONTEXTS[i]), RESPONSES[i]) for i in short]
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN],
-        input=json.dumps([str(tmp_path / "reward"), pairs]),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == pytest.approx(scores, abs=1e-5)
+    assert elsewhere(PLAIN, [str(tmp_path / "reward"), pairs], tmp_path) == pytest.approx(scores, abs=1e-5)
 
 
 def test_saved_tokenizer_is_the_encoders(loud, bert_tokenizer, tmp_path):

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset
+from reward.texts import CONTEXTS, RESPONSES
 from tiny import sample_context
 
 from h2s.data.messages import conversation_id
@@ -25,20 +26,6 @@ LIMIT = 64
 
 def tokens(tokenizer, encoded):
     return tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-
-
-CONTEXTS = [sample_context(i) for i in range(9)]
-RESPONSES = [
-    "how was the walk?",
-    "i like tea.",
-    "a",
-    "song " * 30,
-    "?",
-    "I ran and ran.",
-    "rain",
-    "cat film",
-    "trip. " * 7,
-]
 
 
 def test_texts_of_what_is_scored():

@@ -134,7 +134,9 @@ def test_a_base_in_4_bits(tmp_path):
         )
         for config in (None, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
     ]
-    assert [policy.difference_to_hard_prompt() < 1e-5 for policy in policies] == [True, True]
+    differences = [policy.difference_to_hard_prompt() for policy in policies]
+    print(f"prefix minus hard prompt, of the largest logit, in float32 and in 4 bits: {differences}")
+    assert max(differences) < 1e-5
     layers, whole = zip(*(megabytes(policy.model.get_base_model()) for policy in policies), strict=True)
     print(f"MB in float32, in 4 bits: layers {layers}, with the embeddings {whole}")
     assert layers[1] < layers[0] / 7 and whole[1] < whole[0]

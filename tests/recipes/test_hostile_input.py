@@ -385,7 +385,6 @@ ADAPTERS = {
         "does not fit",
     ),
     "other width": (of_another_base(head_dim=16, hidden_size=64), "does not fit its base model", "of shape"),
-    "base of another kind": (lambda p, of: of_base(str(p.bert if of == "policy" else p.gemma))(p, of), "does not fit"),
     "base that is gone": (of_base("/nowhere/model"), "/nowhere/model is not a model folder"),
     "base on the Hub without network": (
         of_base("nobody/none"),
@@ -418,6 +417,15 @@ def test_adapter(refused, place, role, case):
     else:
         says(refused("train_policy", model=adapter), *words)
     assert not Path(place.trap).exists()
+
+
+@pytest.mark.parametrize(
+    ("role", "other", "words"),
+    [("policy", "bert", "they are encoders, which read a text from both sides"), ("reward", "gemma", "does not fit")],
+)
+def test_base_of_another_kind(refused, place, role, other, words):
+    adapter = of_base(str(getattr(place, other)))(place, role)
+    says(refused("compare", model={f"{role}_adapter": str(adapter)}), words)
 
 
 @pytest.mark.parametrize("case", ["truncated", "other number of layers", "weights outside"])

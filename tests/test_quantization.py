@@ -95,7 +95,7 @@ def gradient(policy):
     ids = torch.tensor(policy.encode([sample_context(0)], 1))
     scored = torch.ones_like(ids, dtype=torch.bool)
     scored[:, 0] = False
-    logps, _, _ = policy.module(ids, torch.ones_like(ids), scored)
+    logps, _ = policy.module(ids, torch.ones_like(ids), scored)
     logps.sum().backward()
     return soft_prefix(policy.model).grad
 

@@ -11,7 +11,7 @@ import torch
 from h2s.ppo.evaluation import EvaluatedPolicy
 from h2s.ppo.iteration_log import IterationLog
 from h2s.ppo.loss import explained_variance, k3_per_token, kl_to_reference, masked_mean, whiten
-from h2s.prefix.generation import Batch
+from h2s.prefix.generation import Batch, Completions
 from h2s.report.intervals import between_share
 from h2s.reward.functions import RewardFunctions, reward_columns
 
@@ -26,13 +26,15 @@ class Replies:
 
     Attributes:
         batch: the right-padded rows.
-        texts: the completions, B of them.
+        completions: as they were drawn, B of them.
+        texts: the same as text.
         values: of F rewards, (B, F).
         scores: the weighted sums, (B,), NaN where all rewards left the reply out.
         unfinished: whether no stop token ends it, (B,).
     """
 
     batch: Batch
+    completions: Completions
     texts: list[str]
     values: torch.Tensor
     scores: torch.Tensor
@@ -52,7 +54,6 @@ class MiniBatch:
         logps: log-probabilities when sampled, (b, T), with their graph where the iteration makes a single update.
         entropy: of the distribution, (b, T), likewise.
         ref_logps: log-probabilities under the hard prompt, (b, T).
-        last_prompt: hidden states of the last prompt positions, (b, H).
     """
 
     rows: torch.Tensor
@@ -60,7 +61,6 @@ class MiniBatch:
     logps: torch.Tensor
     entropy: torch.Tensor
     ref_logps: torch.Tensor
-    last_prompt: torch.Tensor
 
     @property
     def mask(self) -> torch.Tensor:
@@ -107,7 +107,8 @@ class SampledPolicy(EvaluatedPolicy):
 
     def _reply(self, inputs: dict[str, list]) -> Replies:
         """Sample a completion a prompt under the active prefix, and have the texts scored."""
-        completions = self.policy.complete(inputs["prompt_ids"], self.sampling)
+        drawn = self.policy.draw(inputs["prompt_ids"], self.sampling)
+        completions = drawn.ids
         texts = [self.policy.decode(completion) for completion in completions]
         values = self.rewards(
             inputs["prompt"],
@@ -123,7 +124,7 @@ class SampledPolicy(EvaluatedPolicy):
         self.check_finite(problem, values.nan_to_num(nan=0.0, posinf=math.inf))
         batch = Batch.from_rows(self.processing_class, inputs["prompt_ids"], completions, scores.device)
         unfinished = torch.tensor([c[-1] not in self.policy.stop_ids for c in completions], device=scores.device)
-        return Replies(batch, texts, values, scores, unfinished)
+        return Replies(batch, drawn, texts, values, scores, unfinished)
 
     def _returns(self, scores: torch.Tensor, unfinished: torch.Tensor, kl: torch.Tensor | float = 0.0) -> torch.Tensor:
         """The reward that is optimised, (B,): NaN for a reply that was left out."""
@@ -133,17 +134,27 @@ class SampledPolicy(EvaluatedPolicy):
             rewards = rewards.clamp(-args.reward_clip, args.reward_clip)
         return rewards - args.kl_coef * kl - args.missing_eos_penalty * unfinished
 
-    def _score(self, model, batch: Batch, with_graph: bool) -> list[MiniBatch]:
-        """Log-probabilities under both prompts, in the mini-batches that the updates will be made on."""
-        parts = []
+    def _score(self, model, replies: Replies) -> list[MiniBatch]:
+        """Log-probabilities under both prompts, in the mini-batches that the updates will be made on.
+
+        Those under the soft prompt are known from the sampling. They are made again where that would cost exactness
+        (another precision than float32) or save nothing (an iteration of one update needs their graph).
+        """
+        batch, parts = replies.batch, []
+        single = self.args.updates == 1
+        exact = self.policy.model.get_base_model().dtype == torch.float32
+        known = replies.completions.logps_and_entropy if exact and not single else None
         order = torch.randperm(len(batch.input_ids)).to(batch.input_ids.device)
         for rows in order.tensor_split(self.args.num_mini_batches):  # chunk may give fewer
             part = batch.rows(rows)
-            with torch.set_grad_enabled(with_graph):
-                logps, entropy, last_prompt = model(*part, self.args.temperature)
+            if known is None:
+                with torch.set_grad_enabled(single):
+                    logps, entropy = model(*part, self.args.temperature)
+            else:
+                logps, entropy = (batch.at_completions(x)[rows, : part.input_ids.shape[1]] for x in known)
             with torch.no_grad(), self.policy.hard_prompt_active():
                 ref_logps = self.policy.module(*part, self.args.temperature)[0]
-            parts.append(MiniBatch(rows, part, logps, entropy, ref_logps, last_prompt))
+            parts.append(MiniBatch(rows, part, logps, entropy, ref_logps))
         return parts
 
     def _roll_out(self, model, inputs: dict[str, list]) -> Rollout:
@@ -152,14 +163,14 @@ class SampledPolicy(EvaluatedPolicy):
         self.terminal.doing("sampling")
         replies = self._reply(inputs)
         self.terminal.doing("scoring")
-        parts = self._score(model, replies.batch, with_graph=args.updates == 1)
+        parts = self._score(model, replies)
         self.check_finite(f"the log-probabilities are not finite: {REMEDY}", *(p.logps for p in parts))
 
         by_row = torch.cat([part.rows for part in parts]).argsort()
         kl = torch.cat([kl_to_reference(p.old_logps, p.ref_logps, p.mask) for p in parts])[by_row]  # (B,)
-        last_prompt = torch.cat([part.last_prompt for part in parts])[by_row]  # (B, H)
         self.check_finite(f"the KL to the hard prompt is not finite: {REMEDY}", kl)
 
+        last_prompt = replies.completions.last_prompt  # (B, H)
         with torch.no_grad():
             values = self.value_head(last_prompt)
         returns = self._returns(replies.scores, replies.unfinished, kl)
@@ -191,7 +202,7 @@ class SampledPolicy(EvaluatedPolicy):
         log.forget_extras()
         return Rollout(parts, returns, advantages, self.accelerator.gather(lengths).mean().item(), last_prompt)
 
-    def _warm_up(self, model) -> None:
+    def _warm_up(self) -> None:
         """Measure the rewards on the hard prompt's replies, and fit the value head to their returns.
 
         It costs no step of the prefix. The same contexts are answered each time, which tells how much of the rewards'
@@ -206,10 +217,7 @@ class SampledPolicy(EvaluatedPolicy):
             self.terminal.doing(f"warm-up {number + 1} of {args.value_warmup_batches}")
             with torch.no_grad(), self.policy.hard_prompt_active():
                 replies = self._reply(inputs)
-                order = torch.arange(len(replies.texts), device=replies.scores.device)
-                parts = [replies.batch.rows(rows) for rows in order.tensor_split(args.num_mini_batches)]
-                hidden = torch.cat([model(*part)[2] for part in parts])
-            drawn.append((hidden, replies.scores, replies.unfinished))
+            drawn.append((replies.completions.last_prompt, replies.scores, replies.unfinished))
             self.iterations.forget_extras()
         if drawn:
             logger.info("warm-up: the hard prompt has answered %d contexts %d times", contexts, len(drawn))

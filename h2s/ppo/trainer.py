@@ -177,7 +177,7 @@ class SingleStepPPOTrainer(SampledPolicy):
         if self.state.global_step == 0:
             # Ranks hold different contexts: they shall not draw the same random numbers for them.
             set_seed(self.args.seed, device_specific=True)
-            self._warm_up(model)
+            self._warm_up()
         rollout = self._roll_out(model, inputs)
         if self.accelerator.gather(rollout.returns.isnan()).all():
             return torch.zeros((), device=self.accelerator.device)  # not even Adam's momentum or weight decay moves it
@@ -192,13 +192,13 @@ class SingleStepPPOTrainer(SampledPolicy):
             self.terminal.doing(f"update {number + 1} of {args.updates}")
             logps, entropy = part.logps, part.entropy  # with their graph, where this is the only update
             if args.updates > 1:
-                logps, entropy, _ = model(*part.batch, args.temperature)
+                logps, entropy = model(*part.batch, args.temperature)
             approx_kl = self.accelerator.reduce(
                 approx_kl_per_token(logps, part.old_logps, part.mask).mean().detach(), reduction="mean"
             ).item()
             log.metrics["policy/approxkl"].append(approx_kl)
-            # The same number on every rank, so all leave together.
-            if args.target_kl is not None and approx_kl > args.target_kl:
+            # The same number on every rank, so all leave together. Before the first update nothing has moved.
+            if number > 0 and args.target_kl is not None and approx_kl > args.target_kl:
                 log.metrics["policy/early_stop"].append(1.0)
                 break
             advantages = rollout.advantages[part.rows]

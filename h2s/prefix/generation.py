@@ -5,16 +5,23 @@ Letters: B rows, P virtual tokens, T text tokens (prompt and completion), C comp
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl.kernels import ChunkedLogProbFunction
 
 from h2s.errors import InputError
+from h2s.prefix.decode_step import DrawTokens, quick_head
 
 # Gemma's end of a turn, which its generation config does not always list.
 TURN_END = "<end_of_turn>"
@@ -55,6 +62,22 @@ class Sampling:
         )
 
 
+class Completions(NamedTuple):
+    """What was drawn.
+
+    Attributes:
+        ids: token ids a prompt, up to and including the first stop token.
+        last_prompt: hidden states of the last prompt positions, shape (B, H), float32.
+        logps_and_entropy: log-probabilities of the tokens as they were drawn, and the entropies of the distributions
+            that they were drawn from, each (B, C) and arbitrary after a row's end; None where not any token could be
+            drawn.
+    """
+
+    ids: list[list[int]]
+    last_prompt: torch.Tensor
+    logps_and_entropy: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
 class Batch(NamedTuple):
     """Right-padded rows `[prompt, completion, pad…]`, which are always exact (left-padded ones are not).
 
@@ -90,6 +113,12 @@ class Batch(NamedTuple):
             self.input_ids[index, :width], self.attention_mask[index, :width], self.completion_mask[index, :width]
         )
 
+    def at_completions(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the completions' tokens, (B, C), at their places in the rows, (B, T); elsewhere 0."""
+        lengths = self.completion_mask.sum(1, keepdim=True)
+        own = torch.arange(values.shape[1], device=values.device) < lengths  # (B, C)
+        return values.new_zeros(self.input_ids.shape).masked_scatter(self.completion_mask, values[own])
+
 
 def stop_token_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a reply: the generation config's eos ids, the tokenizer's, and Gemma's end of a turn."""
@@ -109,7 +138,7 @@ def generate(
     stop_ids: list[int],
     synced_gpus: bool = False,
     **generation_kwargs: Any,
-) -> list[list[int]]:
+) -> Completions:
     """Draw one completion a prompt under the active prefix: one batch, each row exactly as it would be alone.
 
     transformers pads on the left, between prefix and prompt: beyond a sliding window the pads would push the prefix
@@ -124,9 +153,6 @@ def generate(
         stop_ids: the tokens that end a completion.
         synced_gpus: whether processes whose rows have ended go on with the others, as sharded weights need it.
         **generation_kwargs: of transformers' `generate`, beside those of `sampling`.
-
-    Returns:
-        Token ids a prompt, up to and including the first stop token.
     """
     base = model.get_base_model()
     padded = tokenizer.pad({"input_ids": list(prompts)}, padding_side="right", return_tensors="pt").to(model.device)
@@ -134,7 +160,10 @@ def generate(
     prefix_length = model.active_peft_config.num_virtual_tokens
     mask = torch.cat([padded.attention_mask.new_ones(rows, prefix_length), padded.attention_mask], dim=1)  # (B, P + T)
     cache = full_cache(model, rows)
-    base.get_decoder()(input_ids=padded.input_ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    hidden = base.get_decoder()(
+        input_ids=padded.input_ids, attention_mask=mask, past_key_values=cache, use_cache=True
+    ).last_hidden_state  # (B, T, H)
+    last_prompt = hidden[torch.arange(rows, device=model.device), padded.attention_mask.sum(1) - 1].float()
     # What is cached already needs no tokens. The first of the prompt's own stands in, also for the pads: a repetition
     # penalty then sees what it would see of the row alone.
     ids = torch.cat([padded.input_ids[:, :1].expand(rows, prefix_length), padded.input_ids], dim=1)
@@ -144,11 +173,16 @@ def generate(
         index = turn[:, None, :, None].expand_as(layer.keys)
         layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
     cache.crop(-1)  # the last token is for `generate`, which needs its logits
-    config = sampling.generation_config(stop_ids, tokenizer.pad_token_id)
+    drawn = DrawTokens(sampling.temperature) if sampling.whole and not generation_kwargs else None
+    # `drawn` leaves one token to choose from.
+    how = sampling if drawn is None else replace(sampling, temperature=0)
+    config = how.generation_config(stop_ids, tokenizer.pad_token_id)
     others = config.update(**generation_kwargs)  # what is no setting of its own, such as a streamer
+    if drawn is not None:
+        others["logits_processor"] = LogitsProcessorList([drawn])
     if (beams := config.num_beams or 1) > 1:
         cache.batch_repeat_interleave(beams)
-    with without_own_settings(base):
+    with without_own_settings(base), quick_head(base):
         output = base.generate(
             ids.gather(1, turn),
             attention_mask=mask.gather(1, turn),
@@ -161,7 +195,9 @@ def generate(
     for row in output[:, ids.shape[1] :].tolist():
         end = next((n for n, token in enumerate(row, start=1) if token in stops), len(row))
         completions.append(row[:end])
-    return completions
+    if drawn is None:
+        return Completions(completions, last_prompt)
+    return Completions(completions, last_prompt, (torch.stack(drawn.logps, 1), torch.stack(drawn.entropies, 1)))
 
 
 def full_cache(model: PeftModel, rows: int) -> DynamicCache:
@@ -205,9 +241,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, completion: list[int], stop_ids: 
     return tokenizer.decode(body, skip_special_tokens=True).strip()
 
 
-def completion_logps(
-    model: PeftModel, batch: Batch, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def completion_logps(model: PeftModel, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies of the completions under the active prefix, with gradients to it.
 
     The logits of the other positions never exist, and of these only `VOCABULARY_CHUNK` columns at a time.
@@ -218,8 +252,7 @@ def completion_logps(
         temperature: that of the sampling, or the ratio would be against another distribution.
 
     Returns:
-        logps (B, T) and entropy (B, T), zero outside the completions, in nats; and the detached hidden state of the
-        last prompt position (B, H), all float32.
+        logps (B, T) and entropy (B, T), zero outside the completions, in nats, float32.
     """
     base = model.get_base_model()
     rows = batch.input_ids.shape[0]
@@ -245,9 +278,5 @@ def completion_logps(
         ("entropy",),
     )
     empty = hidden.new_zeros(batch.input_ids.shape, dtype=torch.float32)
-    last_prompt = batch.completion_mask.int().argmax(1) - 1
-    return (
-        empty.masked_scatter(batch.completion_mask, logps),
-        empty.masked_scatter(batch.completion_mask, entropy),
-        hidden[torch.arange(rows, device=hidden.device), last_prompt].detach().float(),
-    )
+    mask = batch.completion_mask
+    return empty.masked_scatter(mask, logps), empty.masked_scatter(mask, entropy)

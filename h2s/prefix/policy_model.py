@@ -30,7 +30,7 @@ from h2s.prefix.adapter import (
 from h2s.prefix.card import EXAMPLES, describe
 from h2s.prefix.chat_template import ChatPrefix, chat_prefix, wrap_chat_template
 from h2s.prefix.families import check_family
-from h2s.prefix.generation import Batch, Sampling, decode, seeded, stop_token_ids
+from h2s.prefix.generation import Batch, Completions, Sampling, decode, seeded, stop_token_ids
 from h2s.prefix.legacy import LegacyPrefix
 from h2s.prefix.named_prefixes import NamedPrefixes
 from h2s.prefix.opened import OpenedPolicy, check_download, open_adapter, open_hard_prompt
@@ -247,6 +247,10 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
         self, prompt_ids: Sequence[list[int]], sampling: Sampling, **generation_kwargs: Any
     ) -> list[list[int]]:
         """Token ids of one completion a prompt, as `encode` gives them, up to and including the first stop token."""
+        return self.draw(prompt_ids, sampling, **generation_kwargs).ids
+
+    def draw(self, prompt_ids: Sequence[list[int]], sampling: Sampling, **generation_kwargs: Any) -> Completions:
+        """As `complete`, with how likely the tokens were."""
         self.module.register_with_fsdp()
         return self.module.sample(self.tokenizer, prompt_ids, sampling, self.stop_ids, **generation_kwargs)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
 
-from h2s.prefix.generation import Batch, Sampling, completion_logps, generate
+from h2s.prefix.generation import Batch, Completions, Sampling, completion_logps, generate
 
 
 class PolicyModule(nn.Module):
@@ -29,7 +29,7 @@ class PolicyModule(nn.Module):
         attention_mask: torch.Tensor,
         completion_mask: torch.Tensor,
         temperature: float = 1.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score right-padded rows, all shaped (B, T): see [`completion_logps`]."""
         return completion_logps(self.model, Batch(input_ids, attention_mask, completion_mask), temperature)
 
@@ -40,7 +40,7 @@ class PolicyModule(nn.Module):
         sampling: Sampling,
         stop_ids: list[int],
         **generation_kwargs: Any,
-    ) -> list[list[int]]:
+    ) -> Completions:
         """Draw one completion a prompt: see [`generate`]."""
         sharded = isinstance(self, FSDPModule)
         return generate(self.model, tokenizer, prompts, sampling, stop_ids, synced_gpus=sharded, **generation_kwargs)

@@ -86,11 +86,13 @@ def inputs_of(trainer, rows=range(BATCH)):
 
 def given_completions(trainer):
     """Let the policy answer with what depends on the prompt alone: 1 to 4 tokens and the end of the turn."""
+    draw = trainer.policy.draw
 
-    def complete(prompts, *rest):
-        return [[6 + (sum(p) * 7 + 13 * i) % 250 for i in range(1 + sum(p) % 4)] + [5] for p in prompts]
+    def given(prompts, *rest):
+        ids = [[6 + (sum(p) * 7 + 13 * i) % 250 for i in range(1 + sum(p) % 4)] + [5] for p in prompts]
+        return draw(prompts, trainer.sampling)._replace(ids=ids, logps_and_entropy=None)
 
-    trainer.policy.complete = complete
+    trainer.policy.draw = given
 
 
 def rows_of(rollout):

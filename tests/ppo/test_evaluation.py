@@ -271,13 +271,13 @@ def test_evaluation_may_use_a_larger_cap_than_training(build):
     """Training's replies keep theirs."""
     trainer = build(eval_max_completion_length=20, **EVERY_STEP)
     lengths = {"train": [], "eval": []}
-    complete = trainer.policy.complete
+    draw = trainer.policy.draw
 
     def watched(prompts, sampling, **kwargs):
         lengths["eval" if sampling is trainer.compared_sampling else "train"].append(sampling.max_completion_length)
-        return complete(prompts, sampling, **kwargs)
+        return draw(prompts, sampling, **kwargs)
 
-    trainer.policy.complete = watched
+    trainer.policy.draw = watched
     trainer.train()
     assert set(lengths["train"]) == {6} and set(lengths["eval"]) == {20}
     assert max(logged(trainer, "completions/mean_length")) <= 6 < min(logged(trainer, "eval_hard_tokens"))

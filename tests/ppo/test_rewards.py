@@ -105,7 +105,7 @@ def test_a_reward_that_edits_what_it_is_handed_changes_nothing(build):
     inputs = inputs_of(trainer)
     rollout = trainer._roll_out(trainer.model, inputs)
     expected = inputs_of(trainer)
-    ids = trainer.policy.complete(expected["prompt_ids"])
+    ids = trainer.policy.complete(expected["prompt_ids"], None)
     assert seen == [(expected["prompt"], [trainer.policy.decode(i) for i in ids], ids, expected["number"])]
     assert inputs == expected
     assert [row[mask].tolist() for row, mask, _ in rows_of(rollout)] == ids
@@ -183,7 +183,9 @@ def test_rewards_of_trl_as_they_are(build):
     given_completions(trainer)
     trainer.train()
     table = completions_of(trainer)
-    lengths = [len(c) for c in trainer.policy.complete(trainer.policy.encode(list(map(list, table["prompt"])), 6))]
+    lengths = [
+        len(c) for c in trainer.policy.complete(trainer.policy.encode(list(map(list, table["prompt"])), 6), None)
+    ]
     assert len(set(lengths)) > 2
     punished = [min(0.0, (3 - length) / 2) for length in lengths]
     assert table["rewards/soft_overlong_punishment_reward"].tolist() == pytest.approx(punished)

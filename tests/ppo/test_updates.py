@@ -26,7 +26,7 @@ from h2s import PrefixTuningPolicyModel
 from h2s.ppo import trainer as ppo_trainer
 from h2s.ppo.value_head import VALUE_HEAD_FILE
 from h2s.prefix.adapter import HARD, SOFT, soft_prefix
-from h2s.prefix.generation import completion_logps, decode
+from h2s.prefix.generation import Completions, completion_logps, decode
 
 
 def adam_steps(trainer):
@@ -139,7 +139,7 @@ def test_what_is_scored_is_what_was_sampled(build):
     tokenizer = trainer.processing_class
     broken = [200, 130, 3, 5]  # lone bytes, a special token, the end of a turn
     assert tokenizer(decode(tokenizer, broken, [5]), add_special_tokens=False).input_ids != broken[:-1]
-    trainer.policy.complete = lambda prompts, *rest: [broken for _ in prompts]
+    trainer.policy.draw = lambda prompts, *rest: Completions([broken for _ in prompts], torch.zeros(len(prompts), 32))
     for ids, mask, _ in rows_of(roll_out(trainer)):
         assert ids[mask].tolist() == broken
 
@@ -179,8 +179,8 @@ def test_the_warm_up_is_the_hard_prompts_and_costs_no_step(build):
     """With a prefix that has moved: replies are drawn by the reference, and the head is fitted before any update."""
     active, seen = [], []
     trainer = build(max_steps=1, value_warmup_batches=2, move=1.0)
-    complete, update, start = trainer.policy.complete, trainer._update, prefix_of(trainer)
-    trainer.policy.complete = lambda *args: active.append(trainer.policy.model.active_adapter) or complete(*args)
+    draw, update, start = trainer.policy.draw, trainer._update, prefix_of(trainer)
+    trainer.policy.draw = lambda *args: active.append(trainer.policy.model.active_adapter) or draw(*args)
 
     def watch(model, rollout):
         state = trainer.optimizer.optimizer.state
@@ -234,7 +234,7 @@ def test_rewards_are_counted_in_spreads_of_the_hard_prompts_replies(build):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("settings", [{}, {"num_mini_batches": 3, "temperature": 1.5}, {"ratio_norm": "mean"}])
 def test_the_first_update_has_ratio_one(build, gemma_folder, settings, dtype):
-    """To the last bit, on ragged padded batches of long replies, the prefix having moved."""
+    """On ragged padded batches of long replies, the prefix having moved: in bfloat16 to the last bit."""
     policy = PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), HARD_PROMPT, dtype=dtype)
     trainer = build(model=policy, max_steps=3, learning_rate=3e-2, max_completion_length=128, **settings)
     trainer.policy.stop_ids = list(range(0, 320, 40))  # some end, some do not
@@ -251,7 +251,8 @@ def test_the_first_update_has_ratio_one(build, gemma_folder, settings, dtype):
     before = prefix_of(trainer)
     trainer.train()
     assert len(first) == 3 and all(len(set(lengths)) > 1 for lengths in widths) and max(map(max, widths)) > 64
-    assert torch.cat(first).eq(1).all() and logged(trainer, "policy/ratio") == [1, 1, 1]
+    off = (torch.cat([*first, torch.tensor(logged(trainer, "policy/ratio"))]) - 1).abs().max()
+    assert off == 0 if dtype == "bfloat16" else off < 1e-4
     assert (prefix_of(trainer) - before).abs().max() > 0.02
     # So the comparison can fail: after the moves the policy is another one.
     part = plain(trainer.model, inputs_of(trainer)).parts[0]
@@ -270,7 +271,7 @@ def test_a_single_update_makes_one_pass(build):
 
         def second_pass(model, rollout, trainer=trainer, update=update):
             (part,) = rollout.parts
-            logps, entropy, _ = model(*part.batch, 1.0)
+            logps, entropy = model(*part.batch, 1.0)
             return update(model, replace(rollout, parts=[replace(part, logps=logps, entropy=entropy)]))
 
         trainer._update = second_pass if again else update
@@ -279,8 +280,8 @@ def test_a_single_update_makes_one_pass(build):
         trainer.train()
         prefixes.append(prefix_of(trainer))
         passes.append(count)
-    # The warm-up's two, then soft and hard of each iteration.
-    assert passes[0] == [False, False, *[True, False] * 2] and len(passes[1]) == len(passes[0]) + 2
+    # Soft and hard of each iteration.
+    assert passes[0] == [True, False] * 2 and len(passes[1]) == len(passes[0]) + 2
     assert torch.equal(*prefixes)
 
 
@@ -412,8 +413,8 @@ def test_a_prefix_that_gets_no_gradient_ends_the_run(build):
     plain = trainer.model.forward
 
     def forward(*args, **kwargs):
-        logps, entropy, hidden = plain(*args, **kwargs)
-        return logps.detach().requires_grad_(), entropy, hidden
+        logps, entropy = plain(*args, **kwargs)
+        return logps.detach().requires_grad_(), entropy
 
     trainer.model.forward = forward
     with pytest.raises(RuntimeError, match="the prefix has no gradient"):

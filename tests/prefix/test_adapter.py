@@ -125,7 +125,7 @@ def test_soft_equals_hard(base, tokenizer, stock, hard_prompt, opening):
         output = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
         assert output[0, len(prompt) :].tolist() == reply
     greedy = Sampling(NEW_TOKENS, temperature=0)
-    assert generate(model, tokenizer, prompts, greedy, [1, 5]) == expected
+    assert generate(model, tokenizer, prompts, greedy, [1, 5]).ids == expected
 
 
 def test_another_prompt_gives_other_logits(base, tokenizer, stock):

@@ -129,7 +129,7 @@ def test_log_probabilities_of_what_is_sampled_are_those_of_the_text(family):
     completions = family.policy.complete(prompts, Sampling(3 * NEW))
     batch = Batch.from_rows(family.policy.tokenizer, prompts, completions, torch.device("cpu"))
     with torch.no_grad():
-        logps, entropy, _ = family.policy.module(*batch)
+        logps, entropy = family.policy.module(*batch)
     for row, (context, completion) in enumerate(zip(CONTEXTS, completions, strict=True)):
         lines = family.logits(family.whole(context) + completion, len(completion) + 1)[:-1].log_softmax(-1)
         expected = lines.gather(-1, torch.tensor(completion)[:, None])[:, 0]
@@ -269,7 +269,7 @@ def test_conversion_replies_and_log_probabilities_of_others(name, tokenizer, cap
     draw = torch.Generator().manual_seed(2)
     prefix, *prompts = (torch.randint(6, 320, (n,), generator=draw).tolist() for n in (20, 3, 14, 5, 17))
     model = prefix_from_hard_prompt(base, prefix)
-    completions = generate(model, tokenizer, prompts, Sampling(NEW, temperature=0), [1])
+    completions = generate(model, tokenizer, prompts, Sampling(NEW, temperature=0), [1]).ids
     batch = Batch.from_rows(tokenizer, prompts, completions, torch.device("cpu"))
     logps = completion_logps(model, batch)[0]
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

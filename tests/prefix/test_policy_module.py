@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from h2s.prefix.adapter import soft_prefix
-from h2s.prefix.generation import Batch, Sampling
+from h2s.prefix.generation import Batch, Completions, Sampling
 
 COMPLETIONS = [[50, 60, 70, 5], [51, 5], [52, 61, 62], [53, 5], [54], [55, 60, 61, 62, 63, 5]]
 
@@ -23,18 +23,17 @@ def batch_of(policy, prompts, completions):
 
 
 def test_forward_is_the_plain_models_own(policy, module, prompts):
-    """Row by row, unpadded, in float64: log-probabilities, entropies and the last prompt position's hidden state."""
+    """Row by row, unpadded, in float64: log-probabilities and entropies."""
     batch = batch_of(policy, prompts, COMPLETIONS)
-    logps, entropy, hidden = module(*batch)
+    logps, entropy = module(*batch)
     for i, (prompt, completion) in enumerate(zip(prompts, COMPLETIONS, strict=True)):
         with torch.no_grad():
-            output = policy.model(torch.tensor([prompt + completion]), output_hidden_states=True)
-        lines = output.logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            logits = policy.model(torch.tensor([prompt + completion])).logits
+        lines = logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
         where = slice(len(prompt), len(prompt) + len(completion))
         expected = lines.gather(1, torch.tensor(completion)[:, None])[:, 0].float()
         torch.testing.assert_close(logps[i, where], expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(entropy[i, where], -(lines.exp() * lines).sum(1).float(), rtol=0, atol=1e-4)
-        torch.testing.assert_close(hidden[i], output.hidden_states[-1][0, len(prompt) - 1], rtol=0, atol=1e-4)
     assert not logps[~batch.completion_mask].any() and not entropy[~batch.completion_mask].any()
 
 
@@ -50,5 +49,6 @@ def test_the_policy_draws_through_it(policy, prompts):
     """Nothing runs the weights around the module: what is not sharded has no hook to register."""
     policy.complete(prompts, Sampling(2))
     assert "sample" not in vars(policy.module)
-    policy.module.sample = lambda tokenizer, prompt_ids, *rest, **others: [[9, 5] for _ in prompt_ids]
-    assert policy.complete(prompts, Sampling(2)) == [[9, 5]] * len(prompts)
+    drawn = Completions([[9, 5]] * len(prompts), torch.zeros(len(prompts), 1))
+    policy.module.sample = lambda *_, **__: drawn
+    assert policy.draw(prompts, Sampling(2)) is drawn and policy.complete(prompts, Sampling(2)) == drawn.ids

@@ -1,0 +1,92 @@
+"""What a decode step of training costs beside the layers: the draw over the whole vocabulary, and the head.
+
+Letters: B rows, V vocabulary, C completion tokens, H hidden.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LogitsProcessor, PreTrainedModel
+
+# Columns that are summed before one of them is looked for: about the square root of a large vocabulary.
+BLOCK = 512
+# Rows up to which the CPU's matrix product is faster the other way round.
+FEW_ROWS = 8
+
+
+class DrawTokens(LogitsProcessor):
+    """Draws each row's next token from the whole distribution, and keeps how likely it was.
+
+    What it returns is finite at the drawn token only, which greedy decoding then takes. The distribution is the one
+    that sampling draws from; torch.multinomial over a large vocabulary takes as long as the layers.
+
+    Args:
+        temperature: of the sampling.
+
+    Attributes:
+        logps: log-probabilities of what was drawn, a tensor (B,) a step, float32.
+        entropies: of the distributions, in nats, likewise.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self.logps: list[torch.Tensor] = []
+        self.entropies: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The next tokens' scores (B, V): 0 at the drawn token, minus infinity elsewhere."""
+        logits = scores / self.temperature
+        probabilities = logits.softmax(-1)
+        tokens = inverse_transform(probabilities, torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device))
+        logps = probabilities.gather(1, tokens).log()  # (B, 1)
+        log_normaliser = logits.gather(1, tokens) - logps
+        self.logps.append(logps[:, 0])
+        self.entropies.append(log_normaliser[:, 0] - torch.linalg.vecdot(probabilities, logits))
+        scores.fill_(-torch.inf).scatter_(1, tokens, 0.0)  # `generate` hands over a copy
+        return scores
+
+
+def inverse_transform(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The tokens at which the cumulative distribution passes `uniform`: first among sums of blocks, then in a block.
+
+    Args:
+        probabilities: shape (B, V).
+        uniform: in [0, 1), float64, shape (B, 1).
+
+    Returns:
+        Token ids, shape (B, 1); none that has no probability.
+    """
+    below_one = 1 - torch.finfo(torch.float64).eps
+    blocks = F.pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    mass = blocks.sum(-1).double()  # (B, V / BLOCK)
+    up_to = mass.cumsum(-1)
+    target = uniform * up_to[:, -1:]
+    block = torch.searchsorted(up_to, target, right=True)  # (B, 1)
+    # What is left to go within the block, as a share: its columns sum to its mass only up to rounding.
+    share = 1 - (up_to.gather(1, block) - target) / mass.gather(1, block)
+    within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)  # (B, BLOCK)
+    target = share.clamp(0, below_one) * within[:, -1:]
+    return block * BLOCK + torch.searchsorted(within, target, right=True)
+
+
+@contextmanager
+def quick_head(base: PreTrainedModel) -> Iterator[None]:
+    """Inside, the CPU multiplies few rows with the head as weight times rows, in about half of the time."""
+    head = base.get_output_embeddings()
+    if head.weight.device.type != "cpu" or type(head) is not nn.Linear or head.bias is not None:
+        yield
+        return
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[:-1].numel() > FEW_ROWS:
+            return F.linear(x, head.weight)
+        return (head.weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward

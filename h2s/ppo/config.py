@@ -77,6 +77,14 @@ class SingleStepPPOConfig(TrainingArguments):
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of scoring alike."})
+    cache_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "static: keys and values in tensors of their final length, with which transformers compiles the "
+            "decode step on CUDA.",
+            "choices": ["static"],
+        },
+    )
 
     # Parameters that control the updates of an iteration
     num_ppo_epochs: int = field(default=1, metadata={"help": "Passes over a rollout batch."})
@@ -140,6 +148,9 @@ class SingleStepPPOConfig(TrainingArguments):
             raise InputError("fp16 is not supported (Gemma overflows in it): use dtype bfloat16 in the model section")
         if self.gradient_accumulation_steps != 1:
             raise InputError("gradient_accumulation_steps must be 1: num_mini_batches bounds the memory")
+        _require(
+            self.cache_implementation in (None, "static"), "cache_implementation", "static", self.cache_implementation
+        )
         _require(self.ratio_norm in ("none", "mean"), "ratio_norm", "none or mean", self.ratio_norm)
         _require(self.temperature > 0, "temperature", "above 0", self.temperature)
         _require(0 < self.cliprange < 1, "cliprange", "between 0 and 1", self.cliprange)

@@ -11,6 +11,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,10 @@ class SingleStepPPOTrainer(SampledPolicy):
         seen = [*conversations_in(train_dataset, eval_dataset), *(c for s in self.scorers.values() for c in s.seen)]
         self.policy.prefix = self.policy.prefix.having_seen(seen)
         args.metric_for_best_model = selection_metric(args, self.scorers)
-        self.sampling = Sampling(args.max_completion_length, args.temperature)
-        self.compared_sampling = Sampling(args.compared_completion_length, args.temperature)
+        self.sampling = Sampling(
+            args.max_completion_length, args.temperature, cache_implementation=args.cache_implementation
+        )
+        self.compared_sampling = replace(self.sampling, max_completion_length=args.compared_completion_length)
         self.optimizer: Any  # a torch optimizer, then Accelerate's wrapper of it
         self.policy.add_hard_prompt()
         # Loading draws random numbers: what was loaded here, and what before, makes no difference to the value head.

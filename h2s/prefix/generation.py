@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from transformers import (
+    Cache,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StaticLayer,
 )
 from trl.kernels import ChunkedLogProbFunction
 
@@ -27,22 +29,31 @@ from h2s.prefix.decode_step import DrawTokens, quick_head
 TURN_END = "<end_of_turn>"
 # Columns of the [N, V] logits that exist at a time.
 VOCABULARY_CHUNK = 4096
+# Tokens by which a static cache is longer than a shorter one.
+LENGTH_STEP = 128
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. The defaults are the whole distribution, as PPO needs it."""
+    """How completions are drawn. The defaults are the whole distribution, as PPO needs it.
+
+    `cache_implementation` is None or `static`: keys and values then lie in tensors of their final length, with which
+    transformers compiles the decode step where it can (on CUDA, not on a CPU).
+    """
 
     max_completion_length: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    cache_implementation: str | None = None
 
     def __post_init__(self):
         if self.max_completion_length < 1:
             raise InputError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise InputError("expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+        if self.cache_implementation not in (None, "static"):
+            raise InputError(f"cache_implementation must be static or left out, got {self.cache_implementation!r}")
 
     @property
     def whole(self) -> bool:
@@ -182,6 +193,8 @@ def generate(
         others["logits_processor"] = LogitsProcessorList([drawn])
     if (beams := config.num_beams or 1) > 1:
         cache.batch_repeat_interleave(beams)
+    if sampling.cache_implementation == "static":
+        cache = static_cache(cache, ids.shape[1] + sampling.max_completion_length)
     with without_own_settings(base), quick_head(base):
         output = base.generate(
             ids.gather(1, turn),
@@ -211,6 +224,14 @@ def full_cache(model: PeftModel, rows: int) -> DynamicCache:
             F.pad(x, (0, 0, length - x.shape[2], 0)).expand(rows, -1, -1, -1) for x in (layer.keys, layer.values)
         )
         cache.update(keys, values, number)
+    return cache
+
+
+def static_cache(filled: DynamicCache, length: int) -> Cache:
+    """The same keys and values with room for `length` tokens, a multiple of `LENGTH_STEP`: each length is compiled."""
+    cache = Cache(layers=[StaticLayer(-(-length // LENGTH_STEP) * LENGTH_STEP) for _ in filled.layers])
+    for number, layer in enumerate(filled.layers):
+        cache.update(layer.keys, layer.values, number)
     return cache
 
 

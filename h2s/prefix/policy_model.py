@@ -279,7 +279,7 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
             top_p: the smallest share of probability that may be drawn; 1 is all.
             seed: of the sampling; the random state outside is then left as it was.
             **generation_kwargs: further arguments of transformers' `generate`: `repetition_penalty`, `num_beams`,
-                `streamer` (for one conversation), ….
+                `streamer` (for one conversation), …; of `cache_implementation` only `static`.
 
         Returns:
             N texts, in order.
@@ -295,7 +295,8 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
                 raise InputError(f"{name} has another name here: give {OWN_ARGUMENTS[name]}")
         if not conversations:
             return []
-        sampling = Sampling(max_completion_length, temperature, top_k, top_p)
+        cache = generation_kwargs.pop("cache_implementation", None)
+        sampling = Sampling(max_completion_length, temperature, top_k, top_p, cache)
         prompts = self.encode([as_messages(c) for c in conversations], max_completion_length)
         with nullcontext() if seed is None else seeded(self.model.device, seed):
             completions = self.complete(prompts, sampling, **generation_kwargs)

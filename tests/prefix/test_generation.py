@@ -1,4 +1,8 @@
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +138,15 @@ def test_logps_do_not_depend_on_the_vocabulary_chunk(model, batch, monkeypatch, 
         again, entropy_again = completion_logps(model, batch)
     torch.testing.assert_close(again, logps, rtol=0, atol=1e-4)
     torch.testing.assert_close(entropy_again, entropy, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its peak is read from /proc")
+def test_the_logits_of_all_positions_never_exist():
+    """Bytes of a process: 256 x 262,144 floats are 268 MB, of which a forward and backward hold several."""
+    script = Path(__file__).with_name("peak_bytes.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    ours, naive = json.loads(done.stdout)
+    assert ours < 120e6 and naive > 4 * 268e6
 
 
 def test_logit_softcapping_is_honoured(model, ragged, batch):
@@ -292,8 +305,9 @@ FAMILIES = {
 }
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_is_one_call_and_each_row_as_alone(family, tokenizer):
+def test_a_batch_is_one_call_and_each_row_as_alone(family, cache, tokenizer):
     """What is kept of each step, beside the model's own on prefix and row as text, unpadded."""
     config_class, settings = FAMILIES[family]
     torch.manual_seed(0)
@@ -309,7 +323,7 @@ def test_a_batch_is_one_call_and_each_row_as_alone(family, tokenizer):
     passes: list = []
     base.get_decoder().register_forward_hook(lambda module, args, output: passes.append(output[0].shape[:2]))
     with seeded(torch.device("cpu"), 3):
-        drawn = generate(model, tokenizer, prompts, Sampling(NEW, temperature=1.5), [1])
+        drawn = generate(model, tokenizer, prompts, Sampling(NEW, temperature=1.5, cache_implementation=cache), [1])
     completions, (logps, entropy) = drawn.ids, drawn.logps_and_entropy
     # One pass over the prompts, one a token.
     assert [tuple(shape) for shape in passes] == [(6, max(SIX_LENGTHS)), *[(6, 1)] * NEW]

@@ -189,6 +189,7 @@ def test_generation_settings_act_as_in_plain_peft(policy, settings):
         output = policy.model.generate(input_ids=torch.tensor([prompt]), **PLAIN, **settings)
         expected.append(policy.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip())
     assert policy.generate(conversations, **GREEDY, **settings) == expected
+    assert policy.generate(conversations, **GREEDY, **settings, cache_implementation="static") == expected
     assert policy.generate(conversations, **GREEDY) != expected
 
 
@@ -355,6 +356,7 @@ def test_what_no_policy_is_made_of(policy, gemma_folder, given, words):
         (["walk"], {"temperature": -1}, "temperature >= 0"),
         (["walk"], {"top_p": 0}, "0 < top_p <= 1"),
         (["walk"], {"top_k": -1}, "top_k >= 0"),
+        (["walk"], {"cache_implementation": "offloaded"}, "must be static or left out"),
         (["walk"], {"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
     ],
 )

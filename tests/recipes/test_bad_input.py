@@ -255,6 +255,7 @@ TABLE = [
           ({"fp16": True}, "fp16 is not supported"),
           ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
           ({"ratio_norm": "sum"}, "ratio_norm"),
+          ({"cache_implementation": "offloaded"}, "cache_implementation", "static"),
           ({"temperature": 0}, "temperature must be above 0, got 0"),
           ({"cliprange": 1.5}, "cliprange must be between 0 and 1, got 1.5"),
           ({"num_ppo_epochs": 0}, "num_ppo_epochs must be at least 1, got 0"),

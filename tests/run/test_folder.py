@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import TrainerState
 
+import h2s.hub
 import h2s.run.folder
 from h2s.errors import InputError, PushError, RunError, Terminated
 from h2s.run.arguments import (
@@ -21,7 +22,8 @@ from h2s.run.arguments import (
     RewardDatasetArguments,
     RunArguments,
 )
-from h2s.run.folder import ONE_SIGNAL, WHERE_TO_PUSH, ReadableLog, Run, StopOnSigterm, StopRequest, run_recipe
+from h2s.run.callbacks import ReadableLog, StopOnSigterm
+from h2s.run.folder import ONE_SIGNAL, WHERE_TO_PUSH, Run, StopRequest, run_recipe
 from h2s.run.recipe import write_recipe
 
 LOGGER = logging.getLogger("h2s")
@@ -312,8 +314,8 @@ def test_callbacks_of_a_run(run):
 def test_a_run_pushes_its_folder_and_what_it_was_told_of(run, start, tmp_path, monkeypatch, asked, first):
     """Each to a repository of its own; nothing where the task asks for none."""
     done = []
-    monkeypatch.setattr(h2s.run.folder, "check_push", lambda task, *args: done.append(args))
-    monkeypatch.setattr(h2s.run.folder, "push_folders", lambda folders, task: done.append(folders))
+    monkeypatch.setattr(h2s.hub, "check_push", lambda task, *args: done.append(args))
+    monkeypatch.setattr(h2s.hub, "push_folders", lambda folders, task: done.append(folders))
     settings = ConvertArguments(output_dir=str(tmp_path), run_name="first")
     run.check_push(settings, "makers/gemma", "judge")
     folder = start()
@@ -444,12 +446,12 @@ BUGS = [
     ("train_policy", "h2s.reward.functions.read_adapter_config", False),
     ("train_reward", "h2s.data.datasets.read_reply", False),
     ("compare", "h2s.prefix.opened.read_adapter_config", False),
-    ("convert_prompt", "open_policy", False),
-    ("convert_prompt", "resolve_dtype", True),
+    ("convert_prompt", "h2s.prefix.opened.open_policy", False),
+    ("convert_prompt", "difference_to_original", True),
     ("train_reward", "h2s.data.splits.split_for_models", False),
-    ("train_reward", "sheet_report", True),
+    ("train_reward", "h2s.report.accuracy.sheet_report", True),
     ("train_policy", "h2s.data.splits.split_by_conversation", False),
-    ("train_policy", "SingleStepPPOTrainer", True),
+    ("train_policy", "h2s.SingleStepPPOTrainer", True),
     ("generate", "parse_messages", False),
     ("compare", "h2s.data.splits.split_by_conversation", False),
     ("compare", "h2s.report.strengths.along", True),
@@ -462,7 +464,7 @@ def test_a_bug_is_never_bad_input(recipes, write_recipe_of, monkeypatch, capfd, 
     def broken(*args, **kwargs):
         raise error("a bug")
 
-    if breaks == "SingleStepPPOTrainer":
+    if breaks == "h2s.SingleStepPPOTrainer":
         broken.check = lambda *args: None
     where = (breaks,) if "." in breaks else (recipes[name], breaks)
     monkeypatch.setattr(*where, broken)

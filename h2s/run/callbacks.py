@@ -1,4 +1,4 @@
-"""What Trainer leaves open: the last evaluation, log lines, the end by a SIGTERM, what a resumed run has of its own."""
+"""What Trainer leaves open: the last evaluation, readable log lines, the end by a SIGTERM, how a run is resumed."""
 
 import logging
 import sys

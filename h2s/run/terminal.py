@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: a line a log step, bars that leave nothing behind, libraries that load in silence."""
+"""What a terminal shows of a run: bars that leave nothing behind, lines above them, libraries that load in silence."""
 
 import io
 import logging

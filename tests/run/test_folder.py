@@ -252,56 +252,6 @@ def test_a_stop_request_waits_only_while_a_loop_can_save(monkeypatch):
         stop(signal.SIGTERM, None)
 
 
-class SigtermAt:
-    """A loss that sends this process a SIGTERM at a step."""
-
-    def __init__(self, trainer, step):
-        plain = trainer.training_step
-
-        def training_step(*args, **kwargs):
-            if trainer.state.global_step == step - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return plain(*args, **kwargs)
-
-        trainer.training_step = training_step
-
-
-@pytest.fixture
-def stop():
-    """A stop request in place of Python's own handler."""
-    request = StopRequest()
-    previous = signal.signal(signal.SIGTERM, request)
-    yield request
-    signal.signal(signal.SIGTERM, previous)
-
-
-@pytest.mark.parametrize(("at", "strategy", "evaluated"), [(2, "steps", [1, 2]), (2, "epoch", []), (3, "epoch", [3])])
-def test_sigterm_saves_the_step_it_came_in(build, stop, tmp_path, at, strategy, evaluated):
-    """Within an epoch of three steps, and at its end, where what is due there comes first."""
-    trainer = build(eval_strategy=strategy, save_strategy="no", callbacks=[StopOnSigterm(stop)])
-    SigtermAt(trainer, at)
-    with pytest.raises(Terminated):
-        trainer.train()
-    assert [f.name for f in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{at}"]
-    assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == evaluated
-    assert trainer.done == []
-
-
-def test_sigterm_after_the_last_step_ends_the_run(build, stop):
-    trainer = build(losses=(1,), callbacks=[StopOnSigterm(stop)])
-    save = trainer._save_checkpoint
-    trainer._save_checkpoint = lambda *args: (save(*args), os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Terminated):
-        trainer.train()
-    assert not stop.can_wait  # outside of a loop the next ends the process at once
-
-
-def test_a_run_without_sigterm_ends_as_it_would(build, stop):
-    trainer = build(callbacks=[StopOnSigterm(stop)])
-    trainer.train()
-    assert trainer.state.global_step == 5 and trainer.done == ["kept"] and not stop.can_wait
-
-
 def test_callbacks_of_a_run(run):
     log, on_sigterm = run.callbacks()
     assert isinstance(log, ReadableLog) and isinstance(on_sigterm, StopOnSigterm) and on_sigterm.request is run.stop

@@ -6,13 +6,6 @@ python recipes/compare.py --judged anna.xlsx ben.xlsx
 
 import logging
 
-from h2s import PrefixTuningPolicyModel, load_contexts
-from h2s.data import splits
-from h2s.prefix.generation import Sampling
-from h2s.report import blinded_sheet, strengths
-from h2s.report.best_of_n import yardstick
-from h2s.report.comparison import write_comparison
-from h2s.reward.functions import open_scorers
 from h2s.run import arguments
 from h2s.run.folder import run_recipe
 from h2s.run.recipe import parse_recipe
@@ -25,6 +18,15 @@ def main(run, argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(
         arguments.CompareModelArguments, arguments.CompareDatasetArguments, arguments.CompareArguments, argv
     )
+    # Here, not above: they take seconds to import, and what is wrong with the settings has been told by now.
+    from h2s import PrefixTuningPolicyModel, load_contexts
+    from h2s.data import splits
+    from h2s.prefix.generation import Sampling
+    from h2s.report import blinded_sheet, strengths
+    from h2s.report.best_of_n import yardstick
+    from h2s.report.comparison import write_comparison
+    from h2s.reward.functions import open_scorers
+
     if data_args.judged:
         print(blinded_sheet.people_verdict(data_args.judged))
         return

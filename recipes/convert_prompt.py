@@ -7,10 +7,7 @@ python recipes/convert_prompt.py --model_name_or_path google/gemma-3-1b-it --leg
 import logging
 import time
 
-from h2s import InputError, PrefixTuningPolicyModel
-from h2s.models import resolve_dtype
-from h2s.prefix.families import SHOWN
-from h2s.prefix.opened import open_policy
+from h2s import InputError
 from h2s.run.arguments import ConvertArguments, ConvertModelArguments, QuestionArguments
 from h2s.run.folder import run_recipe
 from h2s.run.recipe import parse_recipe
@@ -31,6 +28,12 @@ def difference_to_original(policy, opened) -> float:
 @run_recipe
 def main(run, argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(ConvertModelArguments, QuestionArguments, ConvertArguments, argv)
+    # Here, not above: they take seconds to import, and what is wrong with the settings has been told by now.
+    from h2s import PrefixTuningPolicyModel
+    from h2s.models import resolve_dtype
+    from h2s.prefix.families import SHOWN
+    from h2s.prefix.opened import open_policy
+
     started = time.time()
 
     #########

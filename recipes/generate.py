@@ -6,7 +6,7 @@ python recipes/generate.py --policy_adapter outputs/policy
 
 import os
 
-from h2s import InputError, PrefixTuningPolicyModel
+from h2s import InputError
 from h2s.data.messages import parse_messages
 from h2s.run.arguments import AdapterArguments, ConversationArguments, GenerateArguments
 from h2s.run.folder import run_recipe
@@ -45,6 +45,9 @@ def main(run, argv: list[str] | None = None) -> None:
     if processes > 1:
         raise InputError(f"generate.py is one conversation on one process, got {processes}: start it with python")
     conversation = None if data_args.conversation is None else parse_messages(data_args.conversation)
+    # Here, not above: it takes seconds to import, and what is wrong with the settings has been told by now.
+    from h2s import PrefixTuningPolicyModel
+
     opened = PrefixTuningPolicyModel.open(model_args.require("policy_adapter", "model"))
     if conversation is not None:  # what cannot be answered is told before a model loads
         opened.encode([conversation], args.max_completion_length)

@@ -6,12 +6,6 @@
 
 import logging
 
-from h2s import PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer, load_contexts
-from h2s.data import splits
-from h2s.prefix.opened import open_policy
-from h2s.report.comparison import write_comparison
-from h2s.report.what_changed import write_what_changed
-from h2s.reward.functions import open_scorers
 from h2s.run import arguments
 from h2s.run.folder import run_recipe
 from h2s.run.recipe import parse_recipe
@@ -24,8 +18,15 @@ DEFAULTS = {"eval_strategy": "steps"}  # there always are contexts that select
 @run_recipe
 def main(run, argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(
-        arguments.PolicyModelArguments, arguments.PolicyDatasetArguments, SingleStepPPOConfig, argv, **DEFAULTS
+        arguments.PolicyModelArguments, arguments.PolicyDatasetArguments, "h2s:SingleStepPPOConfig", argv, **DEFAULTS
     )
+    # Here, not above: they take seconds to import, and what is wrong with the recipe's file has been told by now.
+    from h2s import PrefixTuningPolicyModel, SingleStepPPOTrainer, load_contexts
+    from h2s.data import splits
+    from h2s.prefix.opened import open_policy
+    from h2s.report.comparison import write_comparison
+    from h2s.report.what_changed import write_what_changed
+    from h2s.reward.functions import open_scorers
 
     ########
     # Data #

@@ -7,13 +7,6 @@
 import logging
 from pathlib import Path
 
-from h2s import RewardModelTrainer
-from h2s.data import splits
-from h2s.data.datasets import read_judgements
-from h2s.report.accuracy import cross_validate, sheet_report, write_accuracy
-from h2s.reward import encoder
-from h2s.reward.config import TaskArguments
-from h2s.reward.pairs import readable_pairs
 from h2s.run import arguments
 from h2s.run.folder import run_recipe
 from h2s.run.recipe import parse_recipe
@@ -26,8 +19,19 @@ DEFAULTS = {"eval_strategy": "epoch"}  # there always are pairs that select
 @run_recipe
 def main(run, argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_recipe(
-        arguments.RewardModelArguments, arguments.RewardDatasetArguments, TaskArguments, argv, **DEFAULTS
+        arguments.RewardModelArguments,
+        arguments.RewardDatasetArguments,
+        "h2s.reward.config:TaskArguments",
+        argv,
+        **DEFAULTS,
     )
+    # Here, not above: they take seconds to import, and what is wrong with the recipe's file has been told by now.
+    from h2s import RewardModelTrainer
+    from h2s.data import splits
+    from h2s.data.datasets import read_judgements
+    from h2s.report.accuracy import cross_validate, sheet_report, write_accuracy
+    from h2s.reward import encoder
+    from h2s.reward.pairs import readable_pairs
 
     ########
     # Data #

@@ -21,8 +21,13 @@ from h2s.prefix.legacy import OPENING_USER_MESSAGE, QUESTION_PREFIX, LegacyCheck
 from h2s.prefix.prompts import encode_beside
 from h2s.prefix.question_prefix import with_question_prefix
 from h2s.quantization import check_quantization, quantization_settings
-from h2s.run.arguments import QUANTIZATION, HardPromptArguments, quantization_config, read_hard_prompt
-from h2s.run.settings import NO_DEVICE_MAP
+from h2s.run.arguments import (
+    NO_DEVICE_MAP,
+    QUANTIZATION,
+    HardPromptArguments,
+    quantization_config,
+    read_hard_prompt,
+)
 
 
 @dataclass

@@ -38,7 +38,7 @@ from h2s.prefix.policy_module import PolicyModule
 from h2s.prefix.prompts import encode_beside
 from h2s.prefix.question_prefix import with_question_prefix
 from h2s.quantization import check_quantization, keep_trainable, quantization_settings
-from h2s.run.settings import NO_DEVICE_MAP
+from h2s.run.arguments import NO_DEVICE_MAP
 
 # What `generate` sets itself, and the argument that says it.
 OWN_ARGUMENTS = {

@@ -4,17 +4,21 @@ import json
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers import BitsAndBytesConfig
-from trl import ModelConfig, get_quantization_config
+from typing import TYPE_CHECKING, Any, Literal
 
 from h2s.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 # Past 1 the direction of training is extrapolated, and nothing says that it stays good for long.
 LARGEST_STRENGTH = 1.5
 # TRL's ModelConfig has them under the same names.
 QUANTIZATION = ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+NO_DEVICE_MAP = (
+    "it spreads one process's model over several cards, where a process here has one; "
+    "accelerate_configs/multi_gpu.yaml is for a model that fits a card, fsdp2.yaml for one that does not"
+)
 
 
 def _setting(help_text: str, default: Any = None) -> Any:
@@ -293,12 +297,14 @@ class CompareArguments(GenerateArguments):
             self.strengths = _strengths(self.strengths)
 
 
-def quantization_config(arguments: HardPromptArguments) -> BitsAndBytesConfig | None:
+def quantization_config(arguments: HardPromptArguments) -> "BitsAndBytesConfig | None":
     """What TRL makes of its `ModelConfig`'s settings of these names; None where nothing is quantised.
 
     Raises:
         InputError: one is given without `load_in_4bit`.
     """
+    from trl import ModelConfig, get_quantization_config
+
     given = {name: value for name in QUANTIZATION if (value := getattr(arguments, name)) is not None}
     if not arguments.load_in_4bit and (idle := given.keys() - {"load_in_4bit"}):
         raise InputError(f"{' and '.join(sorted(idle))} would have no effect without load_in_4bit: true")

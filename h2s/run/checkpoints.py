@@ -24,9 +24,8 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_che
 
 from h2s.errors import InputError, RunError
 from h2s.hub import SavedAdapter, check_push, push_folders
-from h2s.run.callbacks import OwnPace
+from h2s.run.callbacks import OneLinePerLog, OwnPace
 from h2s.run.resume import BEGAN_WITH, check_began_with, rows_in_short, settings_to_keep, write_began_with
-from h2s.run.terminal import OneLinePerLog
 from h2s.run.whole_files import (
     UNFINISHED,
     UNFINISHED_ADAPTER,

@@ -13,18 +13,14 @@ import time
 from collections.abc import Callable
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
-
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather
-from torch import distributed
-from transformers import TrainerCallback
+from typing import TYPE_CHECKING, Any
 
 from h2s.errors import InputError, PushError, RunError, Terminated
-from h2s.hub import check_push, push_folders
 from h2s.run.recipe import RECIPE_FILE, resume_mismatch, write_recipe
 from h2s.run.terminal import TerminalHandler, above_bars, any_letter, quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 # Of the whole package: what any module logs goes to a run's log.
 logger = logging.getLogger("h2s")
@@ -72,6 +68,8 @@ class Run:
     @property
     def is_main_process(self) -> bool:
         """Whether this process writes the run's files; no other does."""
+        from accelerate import PartialState
+
         return PartialState().is_main_process
 
     def start(self, model: Any, dataset: Any, task: Any, resume: bool | None = None, **defaults: Any) -> Path:
@@ -89,6 +87,10 @@ class Run:
             InputError: the folder cannot be made, or it exists and holds something and the run does not resume it, or
                 it began with another model or split (what it learnt from would be reported on).
         """
+        import torch
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
         # Without `cpu` Accelerate takes each of several CPU processes for the only one; trainers' arguments say it too.
         PartialState(cpu=not torch.cuda.is_available())
         name = [task.run_name or time.strftime("%Y%m%d-%H%M%S")]
@@ -116,6 +118,8 @@ class Run:
             InputError: as `h2s.hub.check_push`.
         """
         if task.push_to_hub:
+            from h2s.hub import check_push
+
             self.pushed = ["", *subfolders]
             check_push(task, base, task.run_name, [part and f"-{part}" for part in self.pushed])
         elif idle := [name for name in WHERE_TO_PUSH if getattr(task, name) is not None]:
@@ -127,12 +131,16 @@ class Run:
         Raises:
             PushError: the Hub does not take it.
         """
+        from h2s.hub import push_folders
+
         assert self.folder is not None
         name = task.hub_model_id or self.folder.name
         push_folders({self.folder / part: f"{name}-{part}" if part else name for part in self.pushed}, task)
 
-    def callbacks(self) -> list[TrainerCallback]:
+    def callbacks(self) -> "list[TrainerCallback]":
         """What a trainer does for its run: a readable log, and a checkpoint before it stops."""
+        from h2s.run.callbacks import ReadableLog, StopOnSigterm
+
         return [ReadableLog(), StopOnSigterm(self.stop)]
 
     def _start_log(self, folder: Path) -> None:
@@ -203,7 +211,8 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
                 for record in list(run.early.buffer):
                     if record.levelno >= logging.WARNING:
                         run.say(record.getMessage())
-            if distributed.is_initialized():
+            distributed = sys.modules.get("torch.distributed")
+            if distributed is not None and distributed.is_initialized():
                 # Left to the interpreter's end, gloo's threads may want its lock when it is gone: an abort, at random.
                 # Not after a fault: with NCCL it could wait for processes that are in a collective.
                 distributed.destroy_process_group()
@@ -260,46 +269,3 @@ def _make(folder: Path, resume: bool | None, model: Any, dataset: Any) -> str | 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Quiet: a full disk is told of in one line, by what cannot do without it."""
-
-
-class ReadableLog(TrainerCallback):
-    """Writes each of Trainer's log lines to `train.log` in words and rounded numbers (the terminal has its own)."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """One line."""
-        parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in (logs or {}).items()]
-        logger.info("step %d: %s", state.global_step, "  ".join(parts), extra={"file_only": True})
-
-
-class StopOnSigterm(TrainerCallback):
-    """Saves at the end of the step in which a SIGTERM came to any process, and ends the run there."""
-
-    def __init__(self, request: StopRequest):
-        self.request = request
-        self.stopping = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """From here on there is something to save."""
-        self.request.can_wait = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """All processes stop together: a scheduler may signal one of them first."""
-        came = torch.tensor([self.request.came_at is not None], dtype=torch.int, device=args.device)
-        self.stopping = bool(gather(came).any())
-        # What is due at an epoch's end, an evaluation say, comes before the checkpoint of its last step.
-        control.should_save |= self.stopping and state.epoch % 1 != 0
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """The rest of the above."""
-        control.should_save |= self.stopping
-
-    def on_save(self, args, state, control, **kwargs):
-        """What was asked for is done."""
-        if self.stopping:
-            raise Terminated
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """It came too late for a step to see it; the last checkpoint holds all."""
-        self.request.can_wait = False
-        if self.request.came_at is not None:
-            raise Terminated

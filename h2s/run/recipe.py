@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import enum
 import os
+import pkgutil
 import reprlib
 import sys
 import types
@@ -16,7 +17,7 @@ import yaml
 from trl import TrlParser
 
 from h2s.errors import InputError, in_short
-from h2s.run.settings import NO_DEVICE_MAP
+from h2s.run.arguments import NO_DEVICE_MAP
 
 SECTIONS = ("model", "dataset", "task")
 RECIPE_FILE = "recipe.yaml"  # in a run's folder: what was run
@@ -75,14 +76,16 @@ class _Parser(TrlParser):
 
 
 def parse_recipe(
-    model: type, dataset: type, task: type, argv: list[str] | None = None, **defaults: Any
+    model: type, dataset: type, task: type | str, argv: list[str] | None = None, **defaults: Any
 ) -> tuple[Any, Any, Any]:
     """Read `--config FILE` and the flags that override it.
+
+    What the file alone can be refused for is refused before `task` is imported, which takes seconds.
 
     Args:
         model: dataclass of the section `model`.
         dataset: of the section `dataset`.
-        task: of the section `task`.
+        task: of the section `task`, or where it is: `package.module:class`.
         argv: the command line without the program; `sys.argv` by default.
         defaults: what this recipe uses in place of a dataclass's default, where neither YAML nor flag sets the key.
 
@@ -92,17 +95,27 @@ def parse_recipe(
     Raises:
         InputError: an unknown key, one in the wrong section, a wrong type, or a value that a dataclass refuses.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    own_command, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
+    early = _Parser([], add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("-h", "--help", action="store_true")
+    given = early.parse_known_args(argv)[0]
+    path = None if given.config is None or given.help else Path(given.config).expanduser()
+    content = {} if path is None else _read_sections(path)
+    if own_command and given.help:
+        # transformers' settings import PEFT where it is there, and PEFT all models: seconds, for a process that ends
+        # with its help. None is Python's own mark of a module that cannot be imported.
+        sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
+    classes = [model, dataset, pkgutil.resolve_name(task) if isinstance(task, str) else task]
     fields = {}
-    for section, cls in zip(SECTIONS, (model, dataset, task), strict=True):
+    for section, cls in zip(SECTIONS, classes, strict=True):
         hints = typing.get_type_hints(cls)
         fields.update({f.name: (section, hints[f.name]) for f in dataclasses.fields(cls) if f.init})
-    parser = _Parser([model, dataset, task], allow_abbrev=False)
+    parser = _Parser(classes, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="The recipe's YAML.")
     parser.set_defaults(**defaults)
-    config = parser.parse_known_args(argv)[0].config
-    if config is not None:
-        parser.set_defaults(**_read_settings(Path(config).expanduser(), fields, parser))
+    if path is not None:
+        parser.set_defaults(**_read_settings(path, content, fields, parser))
     *sections, _ = _parse_flags(parser, argv, fields)
     return tuple(sections)
 
@@ -185,12 +198,11 @@ def resume_mismatch(path: Path, model: Any, dataset: Any) -> str | None:
     return None
 
 
-def _read_settings(path: Path, fields: dict[str, tuple[str, Any]], parser: _Parser) -> dict[str, Any]:
-    """Read the YAML as one flat mapping, each key in its section, each value as its flag would give it."""
-    flat: dict[str, Any] = {}
+def _read_sections(path: Path) -> dict[str, dict]:
+    """Read the YAML's sections, none of them unknown; what keys they may have is checked later."""
     content = _read_yaml(path)
     named = {str(key) for keys in content.values() if isinstance(keys, dict) for key in keys}
-    if prototypes := sorted((named & PROTOTYPE_KEYS) - fields.keys()):
+    if prototypes := sorted(named & PROTOTYPE_KEYS):
         raise InputError(
             f"{path} has keys of hardPrompt2softPrompt ({', '.join(prototypes)}): README's table \"Coming from "
             'hardPrompt2softPrompt" says where each is now'
@@ -199,10 +211,19 @@ def _read_settings(path: Path, fields: dict[str, tuple[str, Any]], parser: _Pars
         if section not in SECTIONS:
             near = _nearest(str(section), SECTIONS)
             raise InputError(f"{path}: unknown section {section!r}; expected {', '.join(SECTIONS)}{near}")
-        where = f"{path}, section {section}"
         if not isinstance(keys, dict | None):
-            raise InputError(f"{where}: expected keys and values, got {type(keys).__name__}")
-        for key, value in (keys or {}).items():
+            raise InputError(f"{path}, section {section}: expected keys and values, got {type(keys).__name__}")
+    return {section: keys or {} for section, keys in content.items()}
+
+
+def _read_settings(
+    path: Path, content: dict[str, dict], fields: dict[str, tuple[str, Any]], parser: _Parser
+) -> dict[str, Any]:
+    """Read the sections as one flat mapping, each key in its section, each value as its flag would give it."""
+    flat: dict[str, Any] = {}
+    for section, keys in content.items():
+        where = f"{path}, section {section}"
+        for key, value in keys.items():
             home, hint = fields.get(str(key), (None, None))
             if home is None:
                 raise InputError(f"{where}: unknown key {key}{_nearest(str(key), fields)}")

@@ -7,7 +7,6 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch.optim import AdamW
 from transformers import TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from h2s.errors import InputError, in_short
@@ -18,10 +17,6 @@ NO_DEEPSPEED = (
     "DeepSpeed (ZeRO) steps its engine within backward and leaves weights empty outside its own forward, so an "
     "iteration's sampling and updates cannot run; accelerate_configs/multi_gpu.yaml is for a model that fits a card, "
     "fsdp2.yaml for one that does not"
-)
-NO_DEVICE_MAP = (
-    "it spreads one process's model over several cards, where a process here has one; "
-    "accelerate_configs/multi_gpu.yaml is for a model that fits a card, fsdp2.yaml for one that does not"
 )
 
 # Settings of both stages that keep their default, and why.
@@ -115,6 +110,9 @@ def check_reports(args: TrainingArguments) -> None:
     Raises:
         InputError: it is unknown, or its package is not installed.
     """
+    # They bring transformers' models, seconds that `--help` does without.
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
     try:
         get_reporting_integration_callbacks(args.report_to)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: a line a log step, bars that leave nothing behind, libraries that load in silence."""
+"""What a terminal shows of a run: bars that leave nothing behind, lines above them, libraries that load in silence."""
 
 import io
 import logging
@@ -6,12 +6,11 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 T = TypeVar("T")
@@ -85,57 +84,3 @@ class TerminalHandler(logging.StreamHandler):
         """One record."""
         with above_bars():
             super().emit(record)
-
-
-class OneLinePerLog(ProgressCallback):
-    """Prints one short line where Trainer prints all that it logs, and draws its bar on terminals alone.
-
-    Args:
-        words: makes the line of what is logged; None where there is nothing to say.
-    """
-
-    def __init__(self, words: Callable[[dict[str, float]], str | None]):
-        super().__init__()
-        self.words = words
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """The bar begins at a resumed run's step."""
-        self.began, self.current_step = (time.monotonic(), state.global_step), state.global_step
-        self.training_bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            leave=False,
-            dynamic_ncols=True,
-            disable=args.disable_tqdm or not state.is_world_process_zero or not sys.stderr.isatty(),
-        )
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        """Trainer's bar."""
-        if not args.disable_tqdm and sys.stderr.isatty():
-            super().on_prediction_step(args, state, control, **kwargs)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """The line: its step, its words, and after a step of training the time left."""
-        logs = logs or {}
-        took = logs.get("train_runtime")
-        line = self.words(logs) if took is None else f"trained in {tqdm.format_interval(took)}"
-        if line is None or not state.is_world_process_zero:
-            return
-        step, last = state.global_step, state.max_steps
-        place = f"step {step:{len(str(last))}} of {last}: " if last > 0 else ""
-        left = ""
-        if "loss" in logs and step < last:
-            began, at = self.began
-            left = f", {tqdm.format_interval((time.monotonic() - began) / (step - at) * (last - step))} left"
-        with above_bars():
-            print(f"{place}{line}{left}", flush=True)
-
-    def doing(self, what: str) -> None:
-        """Say beside the bar what a long step is at."""
-        if self.training_bar is not None:
-            self.training_bar.set_description(what)
-
-    def close(self) -> None:
-        """Take the bar away, however the training ended."""
-        if self.training_bar is not None:
-            self.training_bar.close()

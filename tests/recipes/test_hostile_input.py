@@ -22,6 +22,7 @@ from tiny import COLUMNS, GOOD_ROW, ROOT, contexts, says, sheet
 from transformers import AutoTokenizer
 
 from h2s import PrefixTuningPolicyModel
+from h2s.data import datasets
 from h2s.run.recipe import _StrictSafeLoader
 
 OLE = bytes.fromhex("d0cf11e0a1b11ae1")
@@ -608,13 +609,12 @@ def test_reply_like_a_formula_is_text_in_the_blinded_sheet(recipes, write_recipe
 
 
 @pytest.fixture
-def read_by(recipes, reaches_the_model, monkeypatch):
+def read_by(reaches_the_model, monkeypatch):
     """What a recipe's reader returned on the way to the model."""
 
     def run(name, reader, **sections):
-        found, module = [], recipes[name]
-        read = getattr(module, reader)
-        monkeypatch.setattr(module, reader, lambda *args: found.append(read(*args)) or found[0])
+        found, read = [], getattr(datasets, reader)
+        monkeypatch.setattr(datasets, reader, lambda *args: found.append(read(*args)) or found[0])
         reaches_the_model(name, **sections)
         return found[0]
 

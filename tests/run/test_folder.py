@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import TrainerState
 
+import h2s.hub
 import h2s.run.folder
 from h2s.errors import InputError, PushError, RunError, Terminated
 from h2s.run.arguments import (
@@ -21,7 +22,8 @@ from h2s.run.arguments import (
     RewardDatasetArguments,
     RunArguments,
 )
-from h2s.run.folder import ONE_SIGNAL, WHERE_TO_PUSH, ReadableLog, Run, StopOnSigterm, StopRequest, run_recipe
+from h2s.run.callbacks import ReadableLog, StopOnSigterm
+from h2s.run.folder import ONE_SIGNAL, WHERE_TO_PUSH, Run, StopRequest, run_recipe
 from h2s.run.recipe import write_recipe
 
 LOGGER = logging.getLogger("h2s")
@@ -250,56 +252,6 @@ def test_a_stop_request_waits_only_while_a_loop_can_save(monkeypatch):
         stop(signal.SIGTERM, None)
 
 
-class SigtermAt:
-    """A loss that sends this process a SIGTERM at a step."""
-
-    def __init__(self, trainer, step):
-        plain = trainer.training_step
-
-        def training_step(*args, **kwargs):
-            if trainer.state.global_step == step - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return plain(*args, **kwargs)
-
-        trainer.training_step = training_step
-
-
-@pytest.fixture
-def stop():
-    """A stop request in place of Python's own handler."""
-    request = StopRequest()
-    previous = signal.signal(signal.SIGTERM, request)
-    yield request
-    signal.signal(signal.SIGTERM, previous)
-
-
-@pytest.mark.parametrize(("at", "strategy", "evaluated"), [(2, "steps", [1, 2]), (2, "epoch", []), (3, "epoch", [3])])
-def test_sigterm_saves_the_step_it_came_in(build, stop, tmp_path, at, strategy, evaluated):
-    """Within an epoch of three steps, and at its end, where what is due there comes first."""
-    trainer = build(eval_strategy=strategy, save_strategy="no", callbacks=[StopOnSigterm(stop)])
-    SigtermAt(trainer, at)
-    with pytest.raises(Terminated):
-        trainer.train()
-    assert [f.name for f in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{at}"]
-    assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == evaluated
-    assert trainer.done == []
-
-
-def test_sigterm_after_the_last_step_ends_the_run(build, stop):
-    trainer = build(losses=(1,), callbacks=[StopOnSigterm(stop)])
-    save = trainer._save_checkpoint
-    trainer._save_checkpoint = lambda *args: (save(*args), os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Terminated):
-        trainer.train()
-    assert not stop.can_wait  # outside of a loop the next ends the process at once
-
-
-def test_a_run_without_sigterm_ends_as_it_would(build, stop):
-    trainer = build(callbacks=[StopOnSigterm(stop)])
-    trainer.train()
-    assert trainer.state.global_step == 5 and trainer.done == ["kept"] and not stop.can_wait
-
-
 def test_callbacks_of_a_run(run):
     log, on_sigterm = run.callbacks()
     assert isinstance(log, ReadableLog) and isinstance(on_sigterm, StopOnSigterm) and on_sigterm.request is run.stop
@@ -312,8 +264,8 @@ def test_callbacks_of_a_run(run):
 def test_a_run_pushes_its_folder_and_what_it_was_told_of(run, start, tmp_path, monkeypatch, asked, first):
     """Each to a repository of its own; nothing where the task asks for none."""
     done = []
-    monkeypatch.setattr(h2s.run.folder, "check_push", lambda task, *args: done.append(args))
-    monkeypatch.setattr(h2s.run.folder, "push_folders", lambda folders, task: done.append(folders))
+    monkeypatch.setattr(h2s.hub, "check_push", lambda task, *args: done.append(args))
+    monkeypatch.setattr(h2s.hub, "push_folders", lambda folders, task: done.append(folders))
     settings = ConvertArguments(output_dir=str(tmp_path), run_name="first")
     run.check_push(settings, "makers/gemma", "judge")
     folder = start()
@@ -444,12 +396,12 @@ BUGS = [
     ("train_policy", "h2s.reward.functions.read_adapter_config", False),
     ("train_reward", "h2s.data.datasets.read_reply", False),
     ("compare", "h2s.prefix.opened.read_adapter_config", False),
-    ("convert_prompt", "open_policy", False),
-    ("convert_prompt", "resolve_dtype", True),
+    ("convert_prompt", "h2s.prefix.opened.open_policy", False),
+    ("convert_prompt", "difference_to_original", True),
     ("train_reward", "h2s.data.splits.split_for_models", False),
-    ("train_reward", "sheet_report", True),
+    ("train_reward", "h2s.report.accuracy.sheet_report", True),
     ("train_policy", "h2s.data.splits.split_by_conversation", False),
-    ("train_policy", "SingleStepPPOTrainer", True),
+    ("train_policy", "h2s.SingleStepPPOTrainer", True),
     ("generate", "parse_messages", False),
     ("compare", "h2s.data.splits.split_by_conversation", False),
     ("compare", "h2s.report.strengths.along", True),
@@ -462,7 +414,7 @@ def test_a_bug_is_never_bad_input(recipes, write_recipe_of, monkeypatch, capfd, 
     def broken(*args, **kwargs):
         raise error("a bug")
 
-    if breaks == "SingleStepPPOTrainer":
+    if breaks == "h2s.SingleStepPPOTrainer":
         broken.check = lambda *args: None
     where = (breaks,) if "." in breaks else (recipes[name], breaks)
     monkeypatch.setattr(*where, broken)

@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
+import transformers.integrations
 from transformers import TrainingArguments
 from trl import RewardConfig
 
-import h2s.run.settings
 from h2s import InputError, RewardModelConfig, SingleStepPPOConfig
 from h2s.ppo.config import REFUSED as OF_POLICIES
 from h2s.reward.config import REFUSED as OF_REWARDS
@@ -70,7 +70,9 @@ def test_the_tables_know_trainers_names():
 
 @pytest.mark.parametrize("config", BOTH)
 def test_loggers_that_are_not_there(config, monkeypatch):
-    monkeypatch.setattr(h2s.run.settings, "get_available_reporting_integrations", lambda: ["tensorboard", "trackio"])
+    monkeypatch.setattr(
+        transformers.integrations, "get_available_reporting_integrations", lambda: ["tensorboard", "trackio"]
+    )
     assert config(report_to="all").report_to and config(report_to=["tensorboard", "trackio"])
     with pytest.raises(
         InputError, match="report_to wandb needs a package that is not installed: install it, or leave wandb out"

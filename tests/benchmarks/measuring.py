@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import h2s
 from h2s import PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer
 
+ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 MARK = "measured: "  # before the lines of a child that its parent reads
@@ -332,7 +333,7 @@ def model_folder(name: str, scratch: str) -> str:
 
     if name != "tiny":
         return resolve_embedded(name)
-    sys.path.append(str(Path(__file__).parents[1]))
+    sys.path.append(str(ROOT / "tests"))
     from tiny import save_gemma
 
     return str(save_gemma(Path(scratch) / "tiny", positions=8192))

@@ -63,6 +63,8 @@ def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     dtype = torch.bfloat16 if CUDA else torch.float32
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval().requires_grad_(False)
+    for parameter in base.parameters():
+        parameter.data = parameter.data.clone()  # pages of the file come and go: all of the model shall be in memory
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"eos_token": "<never drawn>"})
     if tokenizer.eos_token_id < base.get_input_embeddings().num_embeddings:

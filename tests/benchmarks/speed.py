@@ -14,7 +14,8 @@ The arms, on one model, with completions of one length (the stop token lies beyo
 - e: log-probabilities and entropies of 256 positions, forward and backward: h2s's, and by the full logits.
 
 Each is a process of its own, which loads the model once, does the work once unmeasured, and waits; then all are asked
-in turn, round by round. They hold the model once each: 1.2 GB a process in float32 for Gemma 3 270M, 8 GB in all.
+in turn, round by round. They hold the model once each: 2 GB a process in float32 for Gemma 3 270M, libraries included,
+14 GB in all, 18 GB with --before.
 """
 
 import argparse

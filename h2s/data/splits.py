@@ -14,7 +14,7 @@ from h2s.errors import InputError
 logger = logging.getLogger(__name__)
 
 Part = Literal["train", "validation", "test"]
-# Fewer conversations are warned of: a cluster-robust interval over 25 covers 93 to 95%, over 10 90 to 95%.
+# Fewer conversations are warned of: README has how often a cluster-robust interval over 10, 16 and 25 holds the truth.
 FEWEST_REPORTED, FEWEST_SELECTING = 30, 10
 # Among the ids that an adapter's h2s.json lists: there are others, of a time when it listed none.
 UNKNOWN = "unknown"

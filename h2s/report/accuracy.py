@@ -23,7 +23,7 @@ from scipy.special import expit
 from h2s.data.datasets import LABELS, POLICY_BETTER, REFERENCE_BETTER, Judgements
 from h2s.data.splits import Part, conversations_of
 from h2s.report.agreement import agreement_text
-from h2s.report.intervals import difference_text, share_interval, share_text
+from h2s.report.intervals import difference_text, few_conversations, share_interval, share_text
 from h2s.report.verdict import accuracy_verdict, calibration_verdict
 from h2s.reward.model import RewardModel
 from h2s.reward.pairs import reply_text
@@ -145,6 +145,7 @@ def accuracy_report(table: pd.DataFrame, what: str) -> str:
     lines = [
         accuracy_verdict((model - longer).tolist(), conversations),
         calibration_verdict(table["margin"].tolist(), model.tolist(), conversations),
+        *filter(None, [few_conversations(len(set(conversations)))]),
         "",
         f"| {what} | accuracy, 95% interval |",
         "|---|---|",

@@ -24,7 +24,7 @@ from h2s.data.messages import Messages, conversation_id, parse_messages
 from h2s.data.tables import read_table
 from h2s.errors import InputError
 from h2s.report.agreement import agreement_text
-from h2s.report.intervals import share_interval, share_text, sign_test_text
+from h2s.report.intervals import few_conversations, share_interval, share_text, sign_test_text
 from h2s.report.verdict import needed
 from h2s.report.workbook import (
     CELL,
@@ -173,6 +173,8 @@ def people_verdict(sheets: Sequence[str]) -> str:
         f"\nWith ties and both-poor rows as half: {share_text(wins.tolist(), conversations.tolist())}; "
         f"{sign_test_text((wins - 0.5).tolist(), conversations.tolist())}.{more}\n"
     )
+    if note := few_conversations(conversations.nunique()):
+        lines.append(f"{note}\n")
     judged = votes["sheet"].value_counts()
     lines += [f"- {sheet}: {judged.get(sheet, 0)} of {len(key['rows'])} rows judged" for sheet in sheets]
     if len(sheets) > 1:

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from h2s.errors import RunError
-from h2s.report.intervals import adjusted_interval, difference_text, mean_interval, sign_test_text
+from h2s.report.intervals import adjusted_interval, difference_text, few_conversations, mean_interval, sign_test_text
 from h2s.report.verdict import NOT_SCORED, verdict
 
 DIFFERENCES_PICTURE = "differences.png"
@@ -88,6 +88,17 @@ def _longer(table: pd.DataFrame) -> pd.Series:
     return table["soft_tokens"] - table["hard_tokens"]
 
 
+def _extrapolated(name: str, longer: pd.Series) -> str | None:
+    """The line that says so where no context has replies of equal length, nor some of either sign; else None."""
+    if longer.min() <= 0 <= longer.max():
+        return None
+    least, which = int(longer.abs().min()), "longer" if longer.min() > 0 else "shorter"
+    return (
+        f"Every soft reply is {which} than the hard one, by {least} token{'s' * (least != 1)} or more: equal length "
+        f"lies outside the data, and what stands there for the {name} is extrapolated."
+    )
+
+
 def write_comparison(table: pd.DataFrame, names: Sequence[str], folder: Path, kept: str = "") -> str:
     """Draw `differences.png` into a folder, if there are scores; returns the Markdown `report`."""
     if names:
@@ -127,6 +138,8 @@ def report(table: pd.DataFrame, names: Sequence[str], kept: str = "") -> str:
             notes.append(f"The {name} left {len(table) - len(scored)} contexts out (it returned None).")
         if mean_interval(soft - hard, groups)[1] > 0 >= low:
             notes.append(f"At equal length no gain in {name} is shown: the gain may be length.")
+        if note := _extrapolated(name, _longer(scored)):
+            notes.append(note)
     for label, column, scale in (("tokens", "tokens", 1), ("unfinished", "finished", -1)):
         soft, hard = table[f"soft_{column}"].astype(float), table[f"hard_{column}"].astype(float)
         if scale < 0:
@@ -138,12 +151,8 @@ def report(table: pd.DataFrame, names: Sequence[str], kept: str = "") -> str:
     lines.append(f"| KL to the hard prompt, nats a reply | {kl} | 0 | |")
     if unfair := unfair_match(table):
         notes.append(unfair)
-    if count < 30:
-        notes.append(
-            f"Fewer than 30 conversations ({count}): intervals are too narrow where scores are skewed or conversations "
-            "differ in size (simulated with 10 and 16 conversations of one context, they covered 94 to 95% for normal "
-            "and 90 to 91% for exponential scores)."
-        )
+    if note := few_conversations(count):
+        notes.append(note)
     return "\n".join(
         [words, *([kept] if kept else []), *notes, "", *lines, f"\nn = {len(table)} contexts of {count} conversations."]
     )

@@ -95,11 +95,13 @@ def test_report_by_hand(compared):
         # The spread between two conversations is 0.5 times sqrt(2), so the effect is sqrt(2).
         "If the difference is as large as it looks here, it would take about 7 conversations (13 contexts) to show it "
         "(80% power).",
+        "Every soft reply is longer than the hard one, by 2 tokens or more: equal length lies outside the data, and "
+        "what stands there for the reward is extrapolated.",
         "No fair match: the cap of 4 tokens cut 50% of the hard prompt's replies. Raise max_completion_length (in "
         "train_policy.py eval_max_completion_length is enough), so that they can end.",
-        "Fewer than 30 conversations (2): intervals are too narrow where scores are skewed or conversations differ in "
-        "size (simulated with 10 and 16 conversations of one context, they covered 94 to 95% for normal and 90 to 91% "
-        "for exponential scores).",
+        "Fewer than 30 conversations (2): intervals over so few are themselves uncertain, and too narrow where scores "
+        "are skewed (simulated with 10 to 25 conversations, they held the truth in 94 to 95% of normal and in 90 to "
+        "93% of exponential samples).",
         "",
         "| | soft | hard | soft minus hard (95% interval) |",
         "|---|---|---|---|",
@@ -179,6 +181,25 @@ def test_a_cap_that_cuts_too_many_hard_replies_is_no_fair_match(compared, cut, e
 )
 def test_what_the_hard_prompt_has_on_a_metric(compared, metric, expected):
     assert of_hard_prompt(metric, summarise(compared)) == expected
+
+
+@pytest.mark.parametrize(
+    ("longer", "says"),
+    [
+        ([1, 2, 3, 4], "Every soft reply is longer than the hard one, by 1 token or more"),
+        ([-5, -3, -4, -3], "Every soft reply is shorter than the hard one, by 3 tokens or more"),
+        ([2, 2, 2, 2], "Every soft reply is longer than the hard one, by 2 tokens or more"),
+        ([0, 1, 2, 3], None),
+        ([-1, 1, 2, 3], None),
+    ],
+)
+def test_report_says_where_equal_length_lies_outside_the_data(compared, longer, says):
+    """Of the contexts that the score did not leave out."""
+    more = pd.concat([compared, compared[:1].assign(soft_reward=math.nan)], ignore_index=True)
+    more["hard_tokens"] = 9
+    more["soft_tokens"] = [9 + n for n in (*longer, 0)]
+    text = report(more, ["reward"])
+    assert (says or "") in text and ("outside the data" in text) == (says is not None)
 
 
 @pytest.mark.parametrize(("conversations", "warned"), [(1, True), (29, True), (30, False)])

@@ -2,13 +2,15 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import linalg, stats
+from tiny import ROOT
 
 from h2s.report.intervals import (
     adjusted_interval,
     between_share,
     conversations_needed,
     difference_text,
+    least_squares,
     mean_interval,
     share_interval,
     share_text,
@@ -17,19 +19,26 @@ from h2s.report.intervals import (
 )
 
 
-def sandwich(values, regressors, clusters):
-    """The first coefficient of least squares and its 95% interval, term by term: (N,), (N, k), (N,)."""
+def cr2(values, regressors, clusters):
+    """The first coefficient of least squares and its 95% interval, by CR2's formulas as they stand: (N,), (N, k), (N,).
+
+    Of each conversation the root of the inverse of I - H_gg, and V = sum (p_g' y)^2, whose degrees of freedom are
+    those of the matrix p_g' p_h (Imbens and Kolesar 2016, section III).
+    """
     y, x, clusters = np.asarray(values, dtype=float), np.asarray(regressors, dtype=float), np.asarray(clusters)
-    (rows, k), names = x.shape, sorted(set(clusters))
-    bread = np.linalg.inv(x.T @ x)
-    coefficients = bread @ x.T @ y
-    meat = np.zeros((k, k))
-    for name in names:
-        score = x[clusters == name].T @ (y - x @ coefficients)[clusters == name]
-        meat += np.outer(score, score)
-    small = len(names) / (len(names) - 1) * (rows - 1) / (rows - k)
-    half = stats.t.ppf(0.975, len(names) - 1) * math.sqrt(small * (bread @ meat @ bread)[0, 0])
-    return coefficients[0], coefficients[0] - half, coefficients[0] + half
+    weights = np.linalg.pinv(x)  # (k, N)
+    maker = np.eye(len(y)) - x @ weights
+    of_each = []
+    for name in sorted(set(clusters)):
+        mine = clusters == name
+        root = linalg.fractional_matrix_power(maker[np.ix_(mine, mine)], -0.5)
+        of_each.append(maker[:, mine] @ root @ weights[0, mine])
+    p = np.stack(of_each, 1)
+    matrix = p.T @ p
+    degrees = np.trace(matrix) ** 2 / (matrix**2).sum()
+    half = stats.t.ppf(0.975, degrees) * np.linalg.norm(p.T @ y)
+    left = weights[0] @ y
+    return left, left - half, left + half
 
 
 @pytest.fixture
@@ -51,9 +60,9 @@ def with_ones(x):
 # Means
 
 
-def test_mean_interval_is_the_cluster_sandwich(sample):
+def test_mean_interval_is_cr2(sample):
     y, _, clusters = sample
-    assert mean_interval(y, clusters) == pytest.approx(sandwich(y, np.ones((len(y), 1)), clusters))
+    assert mean_interval(y, clusters) == pytest.approx(cr2(y, np.ones((len(y), 1)), clusters))
 
 
 def test_interval_of_independent_rows_is_the_one_sample_t_interval():
@@ -74,18 +83,21 @@ def test_repeated_rows_add_nothing():
 
 
 @pytest.mark.parametrize(
-    ("groups", "error", "t"),
+    ("groups", "error", "degrees"),
     [
-        # Residual sums -3 and 3: Var = 2 * 18 / 4^2 = 9 / 4.
-        ([[0, 0, 0], [4]], 3 / 2, 12.7062),
-        # Residual sums -3, 0, 3: Var = 3 / 2 * 18 / 6^2 = 3 / 4.
-        ([[1, 0], [2, 2], [2, 5]], math.sqrt(3) / 2, 4.30265),
+        # Sums of residuals -3 and 3, shares of the rows 3/4 and 1/4: Var = (9 / (1/4) + 9 / (3/4)) / 4^2 = 3.
+        ([[0, 0, 0], [4]], math.sqrt(3), 1),
+        # Sums -3, 0, 3, shares 1/3: Var = (18 / (2/3)) / 6^2 = 3 / 4.
+        ([[1, 0], [2, 2], [2, 5]], math.sqrt(3) / 2, 2),
+        # Sums -2, 0, 2, shares 1/4, 1/4, 1/2: Var = (4 / (3/4) + 4 / (1/2)) / 4^2 = 5 / 6. The matrix p_g' p_h has
+        # 1, 1, 2 on its diagonal and beside it -1/3, -sqrt(2/3), -sqrt(2/3): 4^2 / (6 + 2 (1/9 + 4/3)) = 1.8.
+        ([[0], [2], [1, 5]], math.sqrt(5 / 6), 1.8),
     ],
 )
-def test_mean_interval_by_hand(groups, error, t):
+def test_mean_interval_by_hand(groups, error, degrees):
     values = [v for group in groups for v in group]
     clusters = [str(i) for i, group in enumerate(groups) for _ in group]
-    mean = sum(values) / len(values)
+    mean, t = sum(values) / len(values), stats.t.ppf(0.975, degrees)
     assert mean_interval(values, clusters) == pytest.approx((mean, mean - t * error, mean + t * error), rel=1e-5)
 
 
@@ -104,19 +116,90 @@ def test_interval_of_equal_values_has_no_width(value, conversations):
     assert adjusted == pytest.approx((value, value, value, 0), abs=1e-12)
 
 
-def test_intervals_cover_the_truth():
-    """12 conversations of unlike sizes that differ as much as their rows do; binomially, 380 of 400 give or take 4."""
+# How often an interval holds the truth
+
+SIMULATED = (10, 16, 25, 49)  # conversations
+SIZES = [1, 1, 1, 2, 2, 3, 4, 8]  # of conversations: rows, over and over
+
+
+def coverage(conversations, draw, ragged, length, samples=8_000):
+    """The share of simulated intervals that hold the truth, 0; 0.95 give or take 0.0025 were right.
+
+    Args:
+        conversations: how many.
+        draw: of `(random, size)`, with mean 0 and variance 1.
+        ragged: whether they have `SIZES` rows, of which the conversation is 0.3 of the variance, else one row each.
+        length: whether a difference in length carries a part of the score, which is taken out.
+    """
+    random = np.random.default_rng(conversations)
+    clusters = np.repeat(np.arange(conversations), np.resize(SIZES if ragged else [1], conversations))
+    x = random.normal(3, 3, conversations)[clusters] + random.normal(0, 4, len(clusters))
+    own = draw(random, (conversations, samples))[clusters]
+    values = math.sqrt(0.3) * own + math.sqrt(0.7) * draw(random, (len(clusters), samples)) if ragged else own
+    regressors = with_ones(x) if length else np.ones((len(x), 1))
+    coefficients, error, degrees = least_squares(values + 0.2 * x[:, None] * length, regressors, clusters)
+    return (np.abs(coefficients[0]) <= stats.t.ppf(0.975, degrees) * error).mean()
+
+
+def normal(random, size):
+    return random.normal(size=size)
+
+
+def exponential(random, size):
+    return random.exponential(size=size) - 1
+
+
+@pytest.mark.parametrize("length", [False, True], ids=["mean", "at equal length"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["one row", "ragged"])
+@pytest.mark.parametrize("conversations", SIMULATED)
+def test_intervals_cover_the_truth(conversations, ragged, length):
+    assert 0.93 <= coverage(conversations, normal, ragged, length) <= 0.97
+
+
+def test_rows_taken_for_independent_would_not_cover():
+    """The simulation can fail: as if each row were a conversation of its own."""
     random = np.random.default_rng(7)
-    sizes = np.repeat([2, 4, 6], 4)
-    clusters = np.repeat(range(12), sizes)
-    held = as_if_independent = 0
-    for _ in range(400):
-        values = np.repeat(random.normal(size=12), sizes) + random.normal(size=48)
-        _, low, high = mean_interval(values, clusters)
-        held += low <= 0 <= high
-        _, low, high = mean_interval(values, range(48))
-        as_if_independent += low <= 0 <= high
-    assert held >= 365 and as_if_independent < 340
+    sizes = np.resize(SIZES, 16)
+    own = np.repeat(random.normal(size=(16, 4_000)), sizes, axis=0)
+    values = math.sqrt(0.3) * own + math.sqrt(0.7) * random.normal(size=own.shape)
+    (mean,), error, degrees = least_squares(values, np.ones((len(values), 1)), range(len(values)))
+    assert (np.abs(mean) <= stats.t.ppf(0.975, degrees) * error).mean() < 0.85
+
+
+def share_coverage(conversations, samples=1_000):
+    """Of shares of 0.65 in `SIZES` rows, whose conversations differ by a beta distribution (0.2 of the variance)."""
+    random = np.random.default_rng(conversations)
+    clusters = np.repeat(np.arange(conversations), np.resize(SIZES, conversations))
+    held = 0
+    for shares in random.beta(0.65 * 4, 0.35 * 4, (samples, conversations)):
+        _, low, high = share_interval(random.random(len(clusters)) < shares[clusters], clusters)
+        held += low <= 0.65 <= high
+    return held / samples
+
+
+def test_coverage_is_what_readme_says():
+    """Every row of its table, to the percent (shares: to two)."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| conversations | 10 |")[1].split("\n\n")[0]
+    rows = [line.strip().strip("|").split("|") for line in table.splitlines()[2:]]
+    said = {what.strip(): [int(cell) for cell in cells] for what, *cells in rows}
+    assert len(said) == 5
+    for what, percents in said.items():
+        for conversations, percent in zip(SIMULATED, percents, strict=True):
+            if what.startswith("shares"):
+                assert 100 * share_coverage(conversations) == pytest.approx(percent, abs=2)
+            else:
+                draw = exponential if "exponential" in what else normal
+                found = coverage(conversations, draw, "1 to 8 rows" in what, length=False)
+                assert 100 * found == pytest.approx(percent, abs=0.6), (what, conversations)
+
+
+def test_least_squares_of_many_samples_is_that_of_each(sample):
+    y, x, clusters = sample
+    many = np.stack([y, y[::-1], 3 * x - y], 1)
+    coefficients, error, degrees = least_squares(many, with_ones(x), clusters)
+    for values, its, width in zip(many.T, coefficients.T, error, strict=True):
+        alone = least_squares(values, with_ones(x), clusters)
+        assert (its, width, degrees) == (pytest.approx(alone[0]), pytest.approx(alone[1]), alone[2])
 
 
 # Shares
@@ -204,7 +287,8 @@ def test_halves_are_shares_too():
 def test_texts():
     assert share_text([1, 1, 0, 0], ["a"] * 4) == "0.500 [0.002, 0.998], n=4 (1 conversations)"
     assert difference_text([1, 2, 6], ["a"] * 3) == "+3.000 (no interval)"
-    assert difference_text([0, 0, 0, -4], ["a", "a", "a", "b"]) == "-1.000 [-20.059, +18.059]"
+    # sqrt(3) times Student's t with 1 degree of freedom.
+    assert difference_text([0, 0, 0, -4], ["a", "a", "a", "b"]) == "-1.000 [-23.008, +21.008]"
     # Least squares leave it a hair below 0.
     assert difference_text([1, -1], ["a", "a"]) == "+0.000 (no interval)"
 
@@ -232,10 +316,10 @@ def test_sign_test_counts_conversations():
 # At equal length
 
 
-def test_adjusted_interval_is_the_cluster_sandwich(sample):
+def test_adjusted_interval_is_cr2(sample):
     y, x, clusters = sample
     left, low, high, slope = adjusted_interval(y, x, clusters)
-    assert (left, low, high) == pytest.approx(sandwich(y, with_ones(x), clusters))
+    assert (left, low, high) == pytest.approx(cr2(y, with_ones(x), clusters))
     assert slope == pytest.approx(np.polyfit(x, y, 1)[0])
     assert left != pytest.approx(y.mean(), abs=0.5)  # the length made a difference
 
@@ -243,9 +327,10 @@ def test_adjusted_interval_is_the_cluster_sandwich(sample):
 def test_adjusted_interval_by_hand():
     """Conversations a, a, b, c at x = -1, 1, 0, 0: a = 1, b = 1 and residuals 1, 1, -1, -1.
 
-    Their sums are 2, -1, -1, and x is 0 on average, so Var = 6 / 4^2 * 3 / 2 * 3 / 2 = 27 / 32.
+    Their sums are 2, -1, -1; x is 0 on average, so the intercept has the weights of a mean, shares 1/2, 1/4, 1/4 of it
+    and their 1.8 degrees: Var = (4 / (1/2) + 1 / (3/4) + 1 / (3/4)) / 4^2 = 2 / 3.
     """
-    half = 4.30265 * math.sqrt(27 / 32)
+    half = stats.t.ppf(0.975, 1.8) * math.sqrt(2 / 3)
     adjusted = adjusted_interval([1, 3, 0, 0], [-1, 1, 0, 0], list("aabc"))
     assert adjusted == pytest.approx((1, 1 - half, 1 + half, 1), rel=1e-5)
 
@@ -310,14 +395,20 @@ def test_between_share_by_hand():
         assert np.isnan(between_share(nothing)).all()
 
 
+def test_between_share_takes_one_row_a_conversation():
+    """The first that is known."""
+    values = np.array([[1.0, 3.0], [np.nan, 2.0], [5.0, 7.0], [9.0, 0.0], [3.0, 5.0], [8.0, 8.0]])
+    assert between_share(values, list("abbacc")) == between_share(values[[0, 2, 4]])
+
+
 def test_between_share_covers():
-    """Of 400 draws with a true share of 0.6."""
+    """A true share of 0.6."""
     rng, covered = np.random.default_rng(0), 0
-    for _ in range(400):
+    for _ in range(4_000):
         values = 0.6**0.5 * rng.normal(size=(16, 1)) + 0.4**0.5 * rng.normal(size=(16, 2))
         _, low, high = between_share(values)
         covered += low <= 0.6 <= high
-    assert 0.93 <= covered / 400 <= 0.98
+    assert 0.93 <= covered / 4_000 <= 0.97
 
 
 # How many would show it

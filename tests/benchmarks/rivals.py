@@ -1,0 +1,435 @@
+"""What people would do instead: h2s's PPO beside TRL's own trainers, from one hard prompt, sheet, contexts and judge.
+
+    python tests/benchmarks/rivals.py --out outputs/rivals --minutes 20 --seeds 1 2 3 --sheet human_eval.xlsx
+    python tests/benchmarks/rivals.py --out outputs/look --model tiny --minutes 0.05  # its figures say nothing
+    python tests/benchmarks/rivals.py --out outputs/rivals --table                    # what is there so far
+
+The arms, all from the hard prompt and compared with it:
+
+- ppo: h2s's SingleStepPPOTrainer on the prefix, by the reward.
+- dpo: TRL's DPOTrainer on the prefix, straight from the judgements that the reward learnt from.
+- rloo: TRL's RLOOTrainer on the prefix, by the reward, four replies a prompt; its objective is that of ppo.
+- best-of-4: the hard prompt, of whose four replies the reward chooses one: nothing is trained.
+- lora-dpo, for scale, with the first seed alone: TRL's DPOTrainer on a LoRA (PEFT's defaults), the prompt as text.
+
+An arm and a seed is a process. It trains once at each of three rates, for the same time by the clock, and looks once at
+each result: soft against hard by the judge on the contexts that select. The rate that is ahead there is reported on
+contexts that nothing saw. The judge learnt from conversations of the sheet that no arm and no reward has seen.
+`results.jsonl` gets a line a look and a line a report: a run that was stopped goes on after the last one.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, TaskType
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
+from trl.trainer import utils as trl_utils
+
+from h2s import PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer, load_contexts, load_preferences
+from h2s.data.splits import conversations_of, set_aside_seen, split_by_conversation
+from h2s.models import load_base_model, load_tokenizer, resolve_embedded
+from h2s.prefix.generation import Batch, Sampling, seeded
+from h2s.report.best_of_n import draw_hard
+from h2s.report.comparison import summarise
+from h2s.report.intervals import difference_text
+from h2s.report.soft_vs_hard import shared_batches, soft_vs_hard
+from h2s.reward.functions import RewardFunctions, open_scorers
+
+ROOT = Path(__file__).parents[2]
+CUDA = torch.cuda.is_available()
+# Three each: the middle one is h2s's default for ppo, and what an earlier run was made with for the others; a third of
+# it, and three times.
+RATES = {
+    "ppo": (3e-3, 1e-2, 3e-2),
+    "dpo": (3e-4, 1e-3, 3e-3),
+    "rloo": (3e-3, 1e-2, 3e-2),
+    "best-of-4": (),
+    "lora-dpo": (3e-5, 1e-4, 3e-4),
+}
+REPLIES = 16  # of an update's batch: contexts of ppo, four replies to four contexts of rloo
+EVALUATION_BATCH = 16
+# Of TRL's trainers on a prefix: gradient checkpointing crashes with one, weight decay pulls it to zero keys.
+TRL_SETTINGS = {
+    "max_steps": 1_000_000,  # the clock ends it
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": not CUDA,
+    "save_strategy": "no",
+    "report_to": "none",
+    "logging_steps": 10,
+    "disable_tqdm": True,
+    "ddp_find_unused_parameters": False,
+}
+# On CPU TRL projects every position to the vocabulary unless it is told this: the same numbers, in half of the time.
+trl_utils._use_triton = lambda device: True
+
+
+class Clock(TrainerCallback):
+    """Ends a training at the step at which its time is over; it runs from here, so making the trainer counts."""
+
+    def __init__(self, minutes: float):
+        self.began, self.minutes = time.monotonic(), minutes
+
+    def spent(self) -> float:
+        return (time.monotonic() - self.began) / 60
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= self.spent() >= self.minutes
+
+
+class Bench:
+    """One arm and one seed: what all arms share, and what is kept of them."""
+
+    def __init__(self, settings: argparse.Namespace, arm: str, seed: int):
+        self.settings, self.arm, self.seed = settings, arm, seed
+        self.folder = settings.out / f"{arm}-{seed}"
+        self.sampling = Sampling(settings.max_completion_length)
+        self.scorers = open_scorers(str(settings.out / "reward"), str(settings.out / "reward" / "judge"))
+        self.learnt = self.scorers["reward"].seen
+        parts = split_by_conversation(load_contexts(settings.contexts), settings.split_seed, settings.test_size)
+        seen_by = {name: scorer.seen for name, scorer in self.scorers.items()}
+        # The judge's conversations neither train nor select: it would be asked about its own.
+        judged = {"judge": seen_by["judge"]}
+        self.train, self.selecting = (set_aside_seen(parts[name], judged)[0] for name in ("train", "validation"))
+        self.reported, _ = set_aside_seen(parts["test"], seen_by)
+
+    def hard_prompt(self) -> PrefixTuningPolicyModel:
+        return PrefixTuningPolicyModel.from_hard_prompt(self.settings.model, self.settings.hard_prompt, dtype="float32")
+
+    def judgements(self, system: str | None = None) -> Dataset:
+        """What the reward learnt from or was selected by, in TRL's format; nothing of the judge's."""
+        pairs = load_preferences(self.settings.sheet).select_columns(["prompt", "chosen", "rejected"])
+        pairs = pairs.select([i for i, c in enumerate(conversations_of(pairs)) if c in self.learnt])
+        if system is None:
+            return pairs
+        return pairs.map(lambda row: {"prompt": [{"role": "system", "content": system}, *row["prompt"]]})
+
+    def compare(self, adapter: Path | None, contexts: Dataset, scorers: dict[str, RewardFunctions]) -> pd.DataFrame:
+        """The comparison table of h2s, "soft" being this arm."""
+        common = (contexts, scorers, self.sampling, EVALUATION_BATCH)
+        if self.arm == "best-of-4":
+            return self._best_of_4(*common)
+        if self.arm == "lora-dpo":
+            return self._lora(adapter, *common)
+        policy = PrefixTuningPolicyModel.from_pretrained(adapter, dtype="float32")
+        return soft_vs_hard(policy, *common, seed=self.seed, progress=False)
+
+    def _best_of_4(self, contexts, scorers, *common) -> pd.DataFrame:
+        policy = self.hard_prompt()
+        hard = soft_vs_hard(policy, contexts, scorers, *common, seed=self.seed, progress=False)
+        draws = [
+            soft_vs_hard(policy, contexts, scorers, *common, seed=self.seed + 10_000 * n, progress=False, hard=hard)
+            for n in range(1, 5)
+        ]
+        best = np.argmax([draw["soft_reward"] for draw in draws], axis=0)
+        table = pd.concat([draws[which].iloc[[row]] for row, which in enumerate(best)])
+        return table.assign(kl=math.log(4) - 3 / 4)  # at most (Beirami et al., arXiv 2401.01879)
+
+    def _lora(self, adapter, contexts, scorers, sampling, batch_size) -> pd.DataFrame:
+        """The LoRA is merged, and the hard prompt becomes a prefix of the result: the same as the prompt as text."""
+        base, source = self.hard_prompt(), resolve_embedded(self.settings.model)
+        merged = PeftModel.from_pretrained(load_base_model(source, dtype="float32"), adapter).merge_and_unload()
+        lora = PrefixTuningPolicyModel.from_hard_prompt(
+            merged, self.settings.hard_prompt, tokenizer=load_tokenizer(source)
+        )
+        common = (contexts, scorers, sampling, batch_size, self.seed)
+        hard = soft_vs_hard(base, *common, progress=False)
+        table = soft_vs_hard(lora, *common, progress=False, hard=hard)
+        # What that gives as KL is to the LoRA's own hard prompt. The same replies again, scored by the base model.
+        ids, kl = lora.encode(contexts, sampling.max_completion_length), []
+        for rows in shared_batches(len(contexts), batch_size, "KL", progress=False):
+            prompts = [ids[i] for i in rows]
+            with torch.no_grad(), seeded(lora.model.device, self.seed + rows.start):
+                batch = Batch.from_rows(lora.tokenizer, prompts, lora.complete(prompts, sampling), lora.model.device)
+                kl += (lora.module(*batch, 1.0)[0] - base.module(*batch, 1.0)[0]).sum(1).tolist()
+        return table.assign(kl=kl)
+
+    # ---- the trainers ----
+
+    def train_at(self, rate: float, adapter: Path) -> dict[str, float]:
+        """Train from the hard prompt, write the adapter; steps, minutes and the process's peak memory so far."""
+        torch.manual_seed(self.seed)
+        make = {"ppo": self._ppo, "dpo": self._dpo, "rloo": self._rloo, "lora-dpo": self._lora_dpo}[self.arm]
+        policy = None if self.arm == "lora-dpo" else self.hard_prompt()
+        common = {"learning_rate": rate, "seed": self.seed, "output_dir": str(self.folder / "run")}
+        clock = Clock(self.settings.minutes)
+        trainer = make(policy, common, clock)
+        trainer.train()
+        spent, peak = clock.spent(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if policy is None:
+            trainer.model.save_pretrained(adapter)
+        else:
+            policy.save_pretrained(adapter)
+        shutil.rmtree(common["output_dir"], ignore_errors=True)
+        memory = torch.cuda.max_memory_allocated() if CUDA else peak * 1024
+        return {"steps": trainer.state.global_step, "minutes": spent, "memory": memory / 2**30}
+
+    def _ppo(self, policy, common, clock):
+        args = SingleStepPPOConfig(
+            **common,
+            max_steps=TRL_SETTINGS["max_steps"],
+            per_device_train_batch_size=REPLIES,
+            max_completion_length=self.sampling.max_completion_length,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        return SingleStepPPOTrainer(policy, self.scorers["reward"], args, train_dataset=self.train, callbacks=[clock])
+
+    def _dpo_args(self, common) -> DPOConfig:
+        # TRL's max_length cuts replies and drops rows.
+        return DPOConfig(**common, **TRL_SETTINGS, per_device_train_batch_size=8, beta=0.1, max_length=None)
+
+    def _dpo(self, policy, common, clock):
+        trainer = DPOTrainer(
+            model=policy.model,
+            args=self._dpo_args(common),
+            train_dataset=self.judgements(),
+            processing_class=policy.tokenizer,
+            callbacks=[clock],
+        )
+        policy.model.prompt_encoder["ref"].requires_grad_(False)  # the constructor's copy of the hard prompt
+        return trainer
+
+    def _lora_dpo(self, _, common, clock):
+        source = resolve_embedded(self.settings.model)
+        return DPOTrainer(
+            model=load_base_model(source, dtype="float32"),
+            args=self._dpo_args(common),
+            train_dataset=self.judgements(self.settings.hard_prompt),
+            processing_class=load_tokenizer(source),
+            peft_config=LoraConfig(task_type=TaskType.CAUSAL_LM),
+            callbacks=[clock],
+        )
+
+    def _rloo(self, policy, common, clock):
+        """One prompt a generation batch: with a prefix TRL scores left-padded rows wrongly."""
+        reward, spread = self.scorers["reward"].load(), self._reward_spread(policy)
+        penalty = SingleStepPPOConfig.missing_eos_penalty
+
+        def in_spreads(prompts, completion_ids, **kwargs):
+            values = reward.total(reward(prompts, [policy.decode(ids) for ids in completion_ids]))
+            unfinished = torch.tensor([ids[-1] not in policy.stop_ids for ids in completion_ids])
+            return (values / spread - penalty * unfinished).tolist()
+
+        policy.model.generation_config.eos_token_id = policy.stop_ids
+        args = RLOOConfig(
+            **common,
+            **TRL_SETTINGS,
+            num_generations=4,
+            per_device_train_batch_size=4,
+            steps_per_generation=1,
+            gradient_accumulation_steps=REPLIES // 4,
+            max_completion_length=self.sampling.max_completion_length,
+            pad_to_multiple_of=None,
+            beta=SingleStepPPOConfig.kl_coef,
+            temperature=1.0,
+        )
+        trainer = RLOOTrainer(
+            model=policy.model,
+            reward_funcs=in_spreads,
+            args=args,
+            train_dataset=self.train,
+            processing_class=policy.tokenizer,
+            callbacks=[clock],
+        )
+        policy.model.prompt_encoder["ref"].requires_grad_(False)
+        return trainer
+
+    def _reward_spread(self, policy) -> float:
+        """The unit of ppo's rewards: their spread over two replies of the hard prompt to each of a batch's contexts."""
+        contexts = self.train.shuffle(seed=self.seed).select(range(min(REPLIES, len(self.train))))
+        reward = {"reward": self.scorers["reward"]}
+        drawn = draw_hard(policy, contexts, reward, self.sampling, 2, EVALUATION_BATCH, self.seed)
+        return float(drawn["reward"].std())
+
+    # ---- what is kept ----
+
+    def run(self) -> None:
+        """The looks that are missing, then the report."""
+        looks = {line["rate"]: line for line in self.lines("look")}
+        for rate in RATES[self.arm]:
+            if rate not in looks:
+                adapter = self.folder / f"{rate:g}"
+                shutil.rmtree(adapter, ignore_errors=True)
+                trained = self.train_at(rate, adapter)
+                table = self.compare(adapter, self.selecting, {"judge": self.scorers["judge"]})
+                judge = summarise(table, "judge")["judge_difference"]
+                looks[rate] = self.keep("look", rate=rate, **trained, selecting=len(table), judge_difference=judge)
+        best = max(looks.values(), key=lambda line: line["judge_difference"]) if looks else {}
+        table = self.compare(self.folder / f"{best['rate']:g}" if best else None, self.reported, self.scorers)
+        self.folder.mkdir(exist_ok=True)
+        table.to_parquet(self.folder / "replies.parquet")
+        # A process's peak never falls: that of the first look is of one training alone.
+        trained = {name: best.get(name) for name in ("rate", "steps", "minutes")}
+        memory = min((line["memory"] for line in looks.values()), default=None)
+        self.keep("report", **trained, memory=memory, contexts=len(table))
+
+    def keep(self, kind: str, **values: Any) -> dict[str, Any]:
+        line = {"kind": kind, "arm": self.arm, "seed": self.seed, **values}
+        lines = [json.dumps(x) + "\n" for x in [*read(self.settings.out), line]]
+        written = self.settings.out / "results.new"
+        written.write_text("".join(lines), encoding="utf-8")
+        written.replace(self.settings.out / "results.jsonl")  # a kill leaves the one or the other
+        return line
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        return [x for x in read(self.settings.out) if (x["kind"], x["arm"], x["seed"]) == (kind, self.arm, self.seed)]
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The lines of `results.jsonl`."""
+    file = out / "results.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+# ---- what is printed ----
+
+
+def table(out: Path) -> str:
+    """The reports as Markdown, and the first arm minus each other by the judge, over all seeds of both."""
+    lines = [
+        "| arm | seed | rate | judge, soft minus hard | judge at equal length | judge, both replies finished "
+        "| reward, soft minus hard | KL, nats a reply | tokens soft / hard | unfinished soft / hard | steps | minutes "
+        "| memory, GiB |",
+        "|---" * 13 + "|",
+    ]
+    judged: dict[str, dict[int, pd.DataFrame]] = {}
+    for line in (x for x in read(out) if x["kind"] == "report"):
+        replies = pd.read_parquet(out / f"{line['arm']}-{line['seed']}" / "replies.parquet")
+        judged.setdefault(line["arm"], {})[line["seed"]] = replies
+        judge, groups = replies["soft_judge"] - replies["hard_judge"], replies["conversation"]
+        ended = replies["soft_finished"] & replies["hard_finished"]
+        numbers = summarise(replies, "judge")
+        equal = "{:+.3f} [{:+.3f}, {:+.3f}]".format(
+            *(numbers[f"judge_same_length{end}"] for end in ("", "_low", "_high"))
+        )
+        both = f"{difference_text(judge[ended], groups[ended])}, {ended.sum()}" if ended.any() else "none"
+        at_most = "at most " if line["arm"] == "best-of-4" else ""
+        cells = [
+            line["arm"],
+            line["seed"],
+            "-" if line["rate"] is None else f"{line['rate']:g}",
+            difference_text(judge, groups),
+            equal,
+            f"{both} of {len(replies)}",
+            difference_text(replies["soft_reward"] - replies["hard_reward"], groups),
+            f"{at_most}{numbers['kl']:.2f}",
+            f"{numbers['soft_tokens']:.1f} / {numbers['hard_tokens']:.1f}",
+            f"{numbers['soft_unfinished']:.2f} / {numbers['hard_unfinished']:.2f}",
+            *(
+                "-" if line[name] is None else f"{line[name]:.{digits}f}"
+                for name, digits in (("steps", 0), ("minutes", 1), ("memory", 2))
+            ),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for arm in [arm for arm in judged if arm != "ppo" and "ppo" in judged]:
+        seeds = sorted(judged["ppo"].keys() & judged[arm].keys())
+        if seeds:
+            gains = [judged["ppo"][s]["soft_judge"] - judged[arm][s]["soft_judge"] for s in seeds]
+            text = difference_text(np.mean(gains, axis=0).tolist(), judged["ppo"][seeds[0]]["conversation"].tolist())
+            lines.append(f"\nppo minus {arm} by the judge: {text}, seeds {', '.join(map(str, seeds))}.")
+    return "\n".join(lines)
+
+
+# ---- the whole ----
+
+
+def check_same(file: Path, shared: dict[str, str]) -> None:
+    """What is there was made with the same settings, but for arms and seeds: else one table would hold both."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else shared
+    other = [f"{name} {before[name]!r}, now {shared[name]!r}" for name in shared if before[name] != shared[name]]
+    if other:
+        raise SystemExit(f"{file.parent} holds results of other settings: {'; '.join(other)}: take another --out")
+    file.write_text(json.dumps(shared, indent=1), encoding="utf-8")
+
+
+def train_reward(settings: argparse.Namespace, flags: list[str]) -> None:
+    """The reward and the judge of all arms, by the recipe, if they are not there yet."""
+    folder = settings.out / "reward"
+    if (folder / "judge" / "README.md").is_file():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / "train_reward.py"),
+        "--judge_share",
+        "0.5",
+        "--path",
+        settings.sheet,
+    ]
+    command += [
+        "--reward_model_name_or_path",
+        settings.encoder,
+        "--output_dir",
+        str(settings.out),
+        "--run_name",
+        "reward",
+    ]
+    subprocess.run([*command, *flags], check=True, stdout=sys.stderr)
+
+
+def main() -> None:
+    data, prompt = ROOT / "recipes" / "sample_data", ROOT / "recipes" / "embedded" / "hard_prompt.txt"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results; a run that was stopped goes on")
+    parser.add_argument("--model", default="embedded:gemma-3-270m", help="as h2s names models, or tiny")
+    parser.add_argument("--encoder", default="embedded:minilm", help="of the reward and the judge")
+    parser.add_argument("--hard_prompt", default=prompt.read_text(encoding="utf-8").strip())
+    parser.add_argument("--sheet", default=str(data / "judgements.xlsx"), help="the judgements")
+    parser.add_argument("--contexts", default=str(data / "more_contexts.json"), help="that train, select, are reported")
+    parser.add_argument("--test_size", type=float, default=0.3, help="share of the contexts that is reported on")
+    parser.add_argument("--split_seed", type=int, default=42)
+    parser.add_argument("--max_completion_length", type=int, default=16)
+    parser.add_argument("--minutes", type=float, default=10, help="of each training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--arms", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--table", action="store_true", help="print what is there and do nothing")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.child:
+        return Bench(settings, settings.child[0], int(settings.child[1])).run()
+    if not settings.table:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        flags = []
+        if settings.model == "tiny":
+            sys.path.append(str(ROOT / "tests"))
+            from tiny import save_gemma, save_loud_encoder
+
+            settings.model = str(save_gemma(settings.out / "tiny-gemma", positions=4096))
+            settings.encoder = str(save_loud_encoder(settings.out / "tiny-electra", "electra"))
+            flags = ["--num_virtual_tokens", "4", "--max_steps", "2"]
+        own = ("out", "seeds", "arms", "table", "child")
+        shared = {name: str(value) for name, value in vars(settings).items() if name not in own}
+        check_same(settings.out / "settings.json", shared)
+        train_reward(settings, flags)
+        given = [x for name, value in shared.items() for x in (f"--{name}", value)]
+        done = {(line["arm"], line["seed"]) for line in read(settings.out) if line["kind"] == "report"}
+        for seed in settings.seeds:
+            for arm in settings.arms:
+                if (arm, seed) not in done and not (arm == "lora-dpo" and seed != settings.seeds[0]):
+                    print(f"{arm}, seed {seed}", flush=True)
+                    child = ["--out", str(settings.out), "--child", arm, str(seed)]
+                    subprocess.run([sys.executable, __file__, *given, *child], check=True, stdout=sys.stderr)
+    print(table(settings.out))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    main()

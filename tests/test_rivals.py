@@ -1,0 +1,89 @@
+"""tests/benchmarks/rivals.py end to end on tiny models: every arm, and a run that was stopped."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from tiny import ROOT, sample_context
+
+SCRIPT = ROOT / "tests" / "benchmarks" / "rivals.py"
+ARMS = ["ppo", "dpo", "rloo", "best-of-4", "lora-dpo"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Run it, for no time at all: a step a training."""
+    folder = tmp_path_factory.mktemp("rivals")
+    contexts = folder / "contexts.json"
+    contexts.write_text(json.dumps([{"context": sample_context(i)} for i in range(36)]))
+
+    def run(*flags, minutes=0):
+        command = [sys.executable, str(SCRIPT), "--out", str(folder / "out"), "--model", "tiny"]
+        command += ["--contexts", str(contexts), "--max_completion_length", "6", "--minutes", str(minutes)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*command, *flags], capture_output=True, text=True, timeout=900, env=environment, check=False
+        )
+
+    run.out = folder / "out"
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(start):
+    """What it printed, and the lines of its results."""
+    done = start()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, (start.out / "results.jsonl").read_text().splitlines()
+
+
+@pytest.mark.faults
+def test_every_arm_looks_three_times_and_is_reported(whole, start):
+    lines = [json.loads(line) for line in whole[1]]
+    for arm in ARMS:
+        looks = [line for line in lines if (line["kind"], line["arm"]) == ("look", arm)]
+        (report,) = (line for line in lines if (line["kind"], line["arm"]) == ("report", arm))
+        assert len({look["rate"] for look in looks}) == len(looks) == (0 if arm == "best-of-4" else 3)
+        assert all(look["steps"] == 1 and look["memory"] > 0.1 for look in looks)
+        if looks:
+            assert report["rate"] == max(looks, key=lambda look: look["judge_difference"])["rate"]
+    rows = [line.split(" | ")[0] for line in whole[0].splitlines() if line.startswith("| ")]
+    assert rows == ["| arm", *(f"| {arm}" for arm in ARMS)]
+    assert whole[0].count(" by the judge: ") == len(ARMS) - 1
+
+
+@pytest.mark.faults
+def test_arms_answer_the_same_contexts_which_nothing_saw(whole, start):
+    tables = {arm: pd.read_parquet(start.out / f"{arm}-1" / "replies.parquet") for arm in ARMS}
+    adapters = (start.out / "reward", start.out / "reward" / "judge")
+    seen = {c for folder in adapters for c in json.loads((folder / "h2s.json").read_text())["seen"]}
+    for table in tables.values():
+        assert table["conversation"].tolist() == tables["ppo"]["conversation"].tolist()
+        assert table["hard"].tolist() == tables["ppo"]["hard"].tolist()  # one hard prompt, one random state
+        assert seen.isdisjoint(table["conversation"]) and table["soft_judge"].notna().all()
+    for arm in ("dpo", "lora-dpo"):  # a small step goes next to nowhere
+        assert tables[arm]["kl"].abs().max() < 0.5
+    best = tables["best-of-4"]
+    assert best["kl"].tolist() == [math.log(4) - 0.75] * len(best)
+    assert best["soft_reward"].mean() > best["hard_reward"].mean()
+
+
+@pytest.mark.faults
+def test_a_run_that_was_stopped_goes_on(whole, start):
+    """After the second look of dpo, with the first seed; other settings are refused."""
+    file = start.out / "results.jsonl"
+    second = [i for i, line in enumerate(whole[1]) if '"arm": "dpo"' in line][1]
+    file.write_text("".join(f"{line}\n" for line in whole[1][: second + 1]))
+    done = start("--arms", "ppo", "dpo")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "dpo, seed 1" in done.stdout and "ppo, seed 1" not in done.stdout
+    lines = file.read_text().splitlines()
+    assert lines[: second + 1] == whole[1][: second + 1]
+    assert [json.loads(line)["kind"] for line in lines[second + 1 :]] == ["look", "report"]
+    refused = start(minutes=1)
+    assert refused.returncode == 1 and "minutes '0.0', now '1.0': take another --out" in refused.stderr
+    assert start("--table").stdout.count("| dpo |") == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from h2s.data.splits import conversations_of
 from h2s.ppo.evaluation import EvaluatedPolicy
 from h2s.ppo.iteration_log import IterationLog
 from h2s.ppo.loss import explained_variance, k3_per_token, kl_to_reference, masked_mean, whiten
@@ -212,7 +213,8 @@ class SampledPolicy(EvaluatedPolicy):
         contexts = args.per_device_train_batch_size * args.world_size
         generator = torch.Generator().manual_seed(args.seed)  # the same on every rank, each takes its share
         chosen = torch.randperm(len(self.train_dataset), generator=generator)[:contexts].tolist()
-        inputs = self.train_dataset[chosen[args.process_index :: args.world_size]]
+        shares = [chosen[rank :: args.world_size] for rank in range(args.world_size)]
+        inputs = self.train_dataset[shares[args.process_index]]
         for number in range(args.value_warmup_batches):
             self.terminal.doing(f"warm-up {number + 1} of {args.value_warmup_batches}")
             with torch.no_grad(), self.policy.hard_prompt_active():
@@ -223,7 +225,9 @@ class SampledPolicy(EvaluatedPolicy):
             logger.info("warm-up: the hard prompt has answered %d contexts %d times", contexts, len(drawn))
             hidden, scores, unfinished = (torch.cat(parts) for parts in zip(*drawn, strict=True))
             by_context = self.accelerator.gather(scores.view(len(drawn), -1).T.contiguous())  # (B * world_size, k)
-            for end, value in zip(("", "_low", "_high"), between_share(by_context.cpu().numpy()), strict=True):
+            conversations = conversations_of(self.train_dataset.select(sum(shares, [])))
+            share = between_share(by_context.cpu().numpy(), conversations)
+            for end, value in zip(("", "_low", "_high"), share, strict=True):
                 self.iterations.metrics[f"value/rho{end}"].append(value)
             if args.scale_rewards:
                 self.value_head.measure_rewards(by_context.flatten())

@@ -22,22 +22,20 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str]) -> tuple[flo
     return _interval(values, np.ones((len(values), 1)), clusters)[:3]
 
 
-def between_share(values: np.ndarray, clusters: Sequence[str] | None = None) -> tuple[float, float, float]:
+def between_share(values: np.ndarray, clusters: Sequence) -> tuple[float, float, float]:
     """The share of the variance that lies between rows, with its 95% interval (Shrout and Fleiss 1979, ICC(1,1)).
 
     The interval takes rows as independent, so of each conversation the first row alone counts.
 
     Args:
         values: k of each row, (N, k); rows with NaN are left out.
-        clusters: the conversation of each row, (N,); by default every row is one of its own.
+        clusters: the conversation of each row, (N,).
 
     Returns:
         share, lower and upper end; NaN where N or k is below 2 or nothing varies.
     """
     known = ~np.isnan(values).any(axis=1)
-    values = values[known]
-    if clusters is not None:
-        values = values[np.sort(np.unique(np.array(clusters)[known], return_index=True)[1])]
+    values = values[known][np.sort(np.unique(np.array(list(clusters))[known], return_index=True)[1])]
     rows, k = values.shape
     if rows < 2 or k < 2 or np.ptp(values) == 0:
         return math.nan, math.nan, math.nan

@@ -186,7 +186,7 @@ def logprobs(s: SimpleNamespace) -> None:
     completion[:, prompt.shape[1] :] = True
 
     def ours() -> torch.Tensor:
-        logps, entropy, _ = policy.module(ids, mask, completion, 1.0)
+        logps, entropy = policy.module(ids, mask, completion, 1.0)[:2]  # an older h2s says more
         return logps.sum() + entropy.sum()
 
     def naive() -> torch.Tensor:

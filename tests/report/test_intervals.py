@@ -384,21 +384,21 @@ def test_variance_that_rounds_to_below_zero(scale):
 def test_between_share_by_hand():
     """Rows 1, 3; 5, 7; 3, 5: means 2, 6, 4 around 4, so 2 (4 + 4 + 0) / 2 = 8 between, and 2 within."""
     values = np.array([[1.0, 3.0], [5.0, 7.0], [3.0, 5.0]])
-    share, low, high = between_share(values)
+    share, low, high = between_share(values, "abc")
     assert share == pytest.approx((8 - 2) / (8 + 2)) and low < share < high < 1
     # F(2, 3) at 0.975 is 16.04, F(3, 2) 39.17.
     assert low == pytest.approx((4 / 16.04 - 1) / (4 / 16.04 + 1), abs=1e-3)
     assert high == pytest.approx((4 * 39.17 - 1) / (4 * 39.17 + 1), abs=1e-3)
-    assert between_share(values[:, :1] + [0.0, 0.0]) == (1, 1, 1)
-    assert between_share(np.vstack([values, [[np.nan, 9.0]]])) == (share, low, high)
+    assert between_share(values[:, :1] + [0.0, 0.0], "abc") == (1, 1, 1)
+    assert between_share(np.vstack([values, [[np.nan, 9.0]]]), "abcd") == (share, low, high)
     for nothing in (values[:1], values[:, :1], np.ones((3, 2))):
-        assert np.isnan(between_share(nothing)).all()
+        assert np.isnan(between_share(nothing, "abc"[: len(nothing)])).all()
 
 
 def test_between_share_takes_one_row_a_conversation():
     """The first that is known."""
     values = np.array([[1.0, 3.0], [np.nan, 2.0], [5.0, 7.0], [9.0, 0.0], [3.0, 5.0], [8.0, 8.0]])
-    assert between_share(values, list("abbacc")) == between_share(values[[0, 2, 4]])
+    assert between_share(values, "abbacc") == between_share(values[[0, 2, 4]], "abc")
 
 
 def test_between_share_covers():
@@ -406,7 +406,7 @@ def test_between_share_covers():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(4_000):
         values = 0.6**0.5 * rng.normal(size=(16, 1)) + 0.4**0.5 * rng.normal(size=(16, 2))
-        _, low, high = between_share(values)
+        _, low, high = between_share(values, range(16))
         covered += low <= 0.6 <= high
     assert 0.93 <= covered / 4_000 <= 0.97
 

@@ -225,7 +225,7 @@ class SampledPolicy(EvaluatedPolicy):
             logger.info("warm-up: the hard prompt has answered %d contexts %d times", contexts, len(drawn))
             hidden, scores, unfinished = (torch.cat(parts) for parts in zip(*drawn, strict=True))
             by_context = self.accelerator.gather(scores.view(len(drawn), -1).T.contiguous())  # (B * world_size, k)
-            conversations = conversations_of(self.train_dataset.select(sum(shares, [])))
+            conversations = conversations_of(self.train_dataset.select([i for share in shares for i in share]))
             share = between_share(by_context.cpu().numpy(), conversations)
             for end, value in zip(("", "_low", "_high"), share, strict=True):
                 self.iterations.metrics[f"value/rho{end}"].append(value)

@@ -29,6 +29,8 @@ LOG_FILE = "train.log"
 WHERE_TO_PUSH = ("hub_model_id", "hub_private_repo", "hub_revision")
 # A launcher passes on what a scheduler has sent to every process: two signals within these seconds are one.
 ONE_SIGNAL = 5
+# Seconds that another process than the first waits before it ends by the same refusal.
+FIRST_SPEAKS = 5
 
 
 class StopRequest:
@@ -218,6 +220,10 @@ def run_recipe(main: Callable[[Run, list[str] | None], None]) -> Callable[..., N
                 distributed.destroy_process_group()
         except InputError as error:
             run.say(f"error: {_one_line(error)}")
+            if int(os.environ.get("RANK", "0")) > 0:
+                # A launcher ends all processes when one has ended: the first must have said what is wrong.
+                signal.signal(signal.SIGTERM, previous)
+                time.sleep(FIRST_SPEAKS)
             sys.exit(2)
         except KeyboardInterrupt:
             if sys.stderr.isatty():

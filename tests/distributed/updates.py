@@ -21,13 +21,14 @@ from h2s.prefix.adapter import soft_prefix
 class GivenCompletions(PrefixTuningPolicyModel):
     """Replies that depend on the prompt alone, of unlike lengths, so that every launch learns from the same ones."""
 
-    def complete(self, prompt_ids, sampling):
+    def draw(self, prompt_ids, sampling):
         self.seen.append([sum(p) for p in prompt_ids])
         completions = []
+        drawn = super().draw(prompt_ids, sampling)
         for prompt in prompt_ids:
             start, length = sum(prompt), 2 + sum(prompt) % 7
             completions.append([6 + (start * 7 + 13 * i) % 250 for i in range(length)] + [5])
-        return completions
+        return drawn._replace(ids=completions, logps_and_entropy=None)
 
 
 def length_mod_5(prompts, completions, log_extra, log_metric, **kwargs):

@@ -39,7 +39,7 @@ MOMENTS = {
     # sampling, an update, the parts of an evaluation;
     "train_policy": (
         *SAVING,
-        (h2s.prefix.policy_model.PrefixTuningPolicyModel, "complete"),
+        (h2s.prefix.policy_model.PrefixTuningPolicyModel, "draw"),
         (h2s.report.soft_vs_hard, "_answer"),
         (h2s.ppo.trainer.SingleStepPPOTrainer, "_apply"),
         (h2s.prefix.policy_model, "save_adapter"),

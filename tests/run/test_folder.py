@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +148,23 @@ def test_what_a_process_says(run, monkeypatch, capfd, rank, everyone, line):
     run.say("a fault", everyone)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", line)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_says_what_is_refused_before_another_ends(monkeypatch, capfd, rank):
+    """A launcher sends SIGTERM to all when one has ended: by then it must not be held up."""
+    before, waited = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(time, "sleep", lambda seconds: waited.append((seconds, signal.getsignal(signal.SIGTERM))))
+
+    @run_recipe
+    def main(run, argv):
+        raise InputError("no")
+
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2 and waited == [(5, before)] * rank
+    assert capfd.readouterr().err == ("" if rank else "error: no\n")
 
 
 def test_only_the_main_process_writes(start, begun, monkeypatch, capfd):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from tiny import HARD_PROMPT, ROOT, sample_context
 from transformers import AutoTokenizer, TrainerCallback
 
+import h2s
 from h2s import InputError, PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer, load_contexts
 from h2s.models import load_tokenizer
 from h2s.ppo.value_head import VALUE_HEAD_FILE
@@ -65,7 +66,7 @@ def test_the_example_in_its_docstring_runs(gemma_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", SingleStepPPOTrainer.__doc__, re.DOTALL)
     assert example.count('"embedded:gemma-3-270m"') == 1
-    names = dict(vars(__import__("h2s")))
+    names = {name: getattr(h2s, name) for name in h2s.__all__}
     code = re.sub("^    ", "", example.replace("embedded:gemma-3-270m", str(gemma_folder)), flags=re.MULTILINE)
     assert exec(code, names) is None
     assert names["trainer"].state.global_step == 4

@@ -41,7 +41,7 @@ def run(notebook, folder, threads):
     assert ["image/png" in output.get("data", {}) for output in moved.outputs] == [True]
     found = json.loads(notebook.cells[-1].outputs[0]["text"])
     assert found["before"]["soft"] == found["before"]["hard"] == found["after"]["hard"]
-    assert len(found["kl"]) == len(found["reward"]) == 4 and found["kl"][0] == 0 and found["kl"][3] != 0
+    assert len(found["kl"]) == len(found["reward"]) == 4 and abs(found["kl"][0]) < 1e-4 < abs(found["kl"][3])
     assert min(min(layer) for layer in found["moved"]) > 0
     assert found["said"].strip() == found["after"]["soft"][0].strip() != ""
     return found

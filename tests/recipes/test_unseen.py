@@ -116,7 +116,8 @@ def test_compare_reports_on_what_nothing_has_seen(chain, scored, which):
     assert not set(compared["conversation"]) & set.union(*seen.values())
     judged = pd.read_excel(folder / "blinded.xlsx")["context_messages"]
     to_judge = compared[compared["soft"] != compared["hard"]]
-    assert [conversation_id(json.loads(cell)) for cell in judged] == to_judge["conversation"].tolist()
+    in_the_sheet = compared if to_judge.empty else to_judge  # where all are identical they are shown
+    assert [conversation_id(json.loads(cell)) for cell in judged] == in_the_sheet["conversation"].tolist()
 
 
 def test_adapters_that_do_not_say_what_they_saw(chain, policy_adapter, reward_adapter, contexts_file, tmp_path):

@@ -41,12 +41,20 @@ class DrawTokens(LogitsProcessor):
         logits = scores / self.temperature
         probabilities = logits.softmax(-1)
         tokens = inverse_transform(probabilities, torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device))
-        logps = probabilities.gather(1, tokens).log()  # (B, 1)
-        log_normaliser = logits.gather(1, tokens) - logps
-        self.logps.append(logps[:, 0])
-        self.entropies.append(log_normaliser[:, 0] - torch.linalg.vecdot(probabilities, logits))
+        # Softmax sums so many columns to 1e-5 or 1e-4 in float32: a bias that a reply would add up. Blocks are exact.
+        blocks = in_blocks(probabilities)
+        total = blocks.sum(-1).double().sum(-1, keepdim=True)  # (B, 1), 1 but for that
+        logps = probabilities.gather(1, tokens).double().log() - total.log()
+        mean_logit = torch.linalg.vecdot(blocks, in_blocks(logits)).double().sum(-1, keepdim=True) / total
+        self.logps.append(logps[:, 0].float())
+        self.entropies.append((logits.gather(1, tokens) - logps - mean_logit)[:, 0].float())
         scores.fill_(-torch.inf).scatter_(1, tokens, 0.0)  # `generate` hands over a copy
         return scores
+
+
+def in_blocks(columns: torch.Tensor) -> torch.Tensor:
+    """(B, V) as (B, V / BLOCK, BLOCK), the last one filled with zeros."""
+    return F.pad(columns, (0, -columns.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
 
 
 def inverse_transform(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -60,7 +68,7 @@ def inverse_transform(probabilities: torch.Tensor, uniform: torch.Tensor) -> tor
         Token ids, shape (B, 1); none that has no probability.
     """
     below_one = 1 - torch.finfo(torch.float64).eps
-    blocks = F.pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks = in_blocks(probabilities)
     mass = blocks.sum(-1).double()  # (B, V / BLOCK)
     up_to = mass.cumsum(-1)
     target = uniform * up_to[:, -1:]

@@ -47,7 +47,8 @@ class MiniBatch:
     """Rows that are scored, and later learnt from, together.
 
     Log-probabilities depend in their last bits on what stands beside a row, in bfloat16 by as much as 0.05 a reply. So
-    mini-batches are drawn before scoring: then the ratio is 1 before the first update.
+    mini-batches are drawn before scoring: then the ratio is 1 before the first update. (In float32, where they are
+    those of the sampling, it is 1 to 1e-4.)
 
     Attributes:
         rows: their places in the iteration, (b,).
@@ -144,7 +145,8 @@ class SampledPolicy(EvaluatedPolicy):
         batch, parts = replies.batch, []
         single = self.args.updates == 1
         exact = self.policy.model.get_base_model().dtype == torch.float32
-        known = replies.completions.logps_and_entropy if exact and not single else None
+        drawn = replies.completions.logps_and_entropy if exact and not single else None
+        known = drawn and [batch.at_completions(values) for values in drawn]  # each (B, T)
         order = torch.randperm(len(batch.input_ids)).to(batch.input_ids.device)
         for rows in order.tensor_split(self.args.num_mini_batches):  # chunk may give fewer
             part = batch.rows(rows)
@@ -152,7 +154,7 @@ class SampledPolicy(EvaluatedPolicy):
                 with torch.set_grad_enabled(single):
                     logps, entropy = model(*part, self.args.temperature)
             else:
-                logps, entropy = (batch.at_completions(x)[rows, : part.input_ids.shape[1]] for x in known)
+                logps, entropy = (values[rows, : part.input_ids.shape[1]] for values in known)
             with torch.no_grad(), self.policy.hard_prompt_active():
                 ref_logps = self.policy.module(*part, self.args.temperature)[0]
             parts.append(MiniBatch(rows, part, logps, entropy, ref_logps))

@@ -35,18 +35,20 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(start):
-    """What it printed, and the lines of its results."""
+    """What it printed, and the lines of each arm's results."""
     done = start()
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, (start.out / "results.jsonl").read_text().splitlines()
+    return done.stdout, {arm: lines_of(start.out / f"{arm}-1") for arm in ARMS}
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.faults
 def test_every_arm_looks_three_times_and_is_reported(whole, start):
-    lines = [json.loads(line) for line in whole[1]]
-    for arm in ARMS:
-        looks = [line for line in lines if (line["kind"], line["arm"]) == ("look", arm)]
-        (report,) = (line for line in lines if (line["kind"], line["arm"]) == ("report", arm))
+    for arm, (*looks, report) in whole[1].items():
+        assert [line["kind"] for line in (*looks, report)] == ["look"] * len(looks) + ["report"]
         assert len({look["rate"] for look in looks}) == len(looks) == (0 if arm == "best-of-4" else 3)
         assert all(look["steps"] == 1 and look["memory"] > 0.1 for look in looks)
         if looks:
@@ -74,16 +76,18 @@ def test_arms_answer_the_same_contexts_which_nothing_saw(whole, start):
 
 @pytest.mark.faults
 def test_a_run_that_was_stopped_goes_on(whole, start):
-    """After the second look of dpo, with the first seed; other settings are refused."""
-    file = start.out / "results.jsonl"
-    second = [i for i, line in enumerate(whole[1]) if '"arm": "dpo"' in line][1]
-    file.write_text("".join(f"{line}\n" for line in whole[1][: second + 1]))
-    done = start("--arms", "ppo", "dpo")
+    """After the second look of dpo; another seed takes the first one's rate; other settings are refused."""
+    folder = start.out / "dpo-1"
+    *looks, report = whole[1]["dpo"]
+    (folder / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in looks[:2]))
+    done = start("--arms", "ppo", "dpo", "--seeds", "1", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "dpo, seed 1" in done.stdout and "ppo, seed 1" not in done.stdout
-    lines = file.read_text().splitlines()
-    assert lines[: second + 1] == whole[1][: second + 1]
-    assert [json.loads(line)["kind"] for line in lines[second + 1 :]] == ["look", "report"]
+    again = lines_of(folder)
+    assert again[:2] == looks[:2] and [line["kind"] for line in again[2:]] == ["look", "report"]
+    assert again[3]["rate"] == report["rate"]
+    (other,) = lines_of(start.out / "dpo-2")
+    assert (other["kind"], other["rate"], other["steps"]) == ("report", report["rate"], 1)
     refused = start(minutes=1)
     assert refused.returncode == 1 and "minutes '0.0', now '1.0': take another --out" in refused.stderr
-    assert start("--table").stdout.count("| dpo |") == 1
+    assert start("--table").stdout.count("| dpo |") == 2

@@ -29,7 +29,8 @@ class SingleStepPPOConfig(TrainingArguments):
     ```
 
     One step is one PPO iteration: sample, score, update. `per_device_train_batch_size` is the number of contexts in an
-    iteration on one device; `max_steps`, `logging_steps`, `eval_steps` and `save_steps` count iterations.
+    iteration on one device, each answered `num_generations` times; `max_steps`, `logging_steps`, `eval_steps` and
+    `save_steps` count iterations.
 
     Defaults that differ from transformers': `output_dir` outputs, `per_device_train_batch_size` 16,
     `per_device_eval_batch_size` 16, `learning_rate` 1e-2, `adam_epsilon` 1e-5, `lr_scheduler_type` constant,
@@ -68,6 +69,13 @@ class SingleStepPPOConfig(TrainingArguments):
     )
 
     # Parameters that control the rollout
+    num_generations: int = field(
+        default=1,
+        metadata={
+            "help": "Replies to each context. With 2 or more the mean return of a context's other replies is the "
+            "baseline, in the value head's place."
+        },
+    )
     max_completion_length: int = field(default=64, metadata={"help": "Most tokens of a completion."})
     eval_max_completion_length: int | None = field(
         default=None,
@@ -154,7 +162,7 @@ class SingleStepPPOConfig(TrainingArguments):
         _require(self.ratio_norm in ("none", "mean"), "ratio_norm", "none or mean", self.ratio_norm)
         _require(self.temperature > 0, "temperature", "above 0", self.temperature)
         _require(0 < self.cliprange < 1, "cliprange", "between 0 and 1", self.cliprange)
-        for name in ("max_completion_length", "num_ppo_epochs", "num_mini_batches"):
+        for name in ("num_generations", "max_completion_length", "num_ppo_epochs", "num_mini_batches"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         least, cap = self.max_completion_length, self.compared_completion_length
         expected = f"at least max_completion_length, {least}"
@@ -169,10 +177,11 @@ class SingleStepPPOConfig(TrainingArguments):
             raise InputError(
                 "one_cycle_pct_start is a schedule of its own: leave lr_scheduler_type and warmup_steps out"
             )
-        if self.num_mini_batches > self.per_device_train_batch_size:
+        replies = self.per_device_train_batch_size * self.num_generations
+        if self.num_mini_batches > replies:
             raise InputError(
-                f"num_mini_batches is {self.num_mini_batches}, more than the {self.per_device_train_batch_size} "
-                "contexts of an iteration (per_device_train_batch_size)"
+                f"num_mini_batches is {self.num_mini_batches}, more than the {replies} replies of an iteration "
+                "(per_device_train_batch_size contexts, num_generations each)"
             )
         if self.scale_rewards and self.value_warmup_batches < 1:
             raise InputError(

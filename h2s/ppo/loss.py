@@ -100,6 +100,22 @@ def policy_loss(
     return loss, ratio.detach(), (clipped > unclipped).detach()
 
 
+def leave_one_out(returns: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """The baseline of a reply: the mean return of the other replies to its context (arXiv 2402.14740, section 3.3).
+
+    Args:
+        returns: shape (B,), the `num_generations` replies to a context side by side; NaN for a reply without one.
+        num_generations: k, which divides B.
+
+    Returns:
+        The baselines, shape (B,); NaN where no other reply to the context has a return.
+    """
+    by_context = returns.view(-1, num_generations)
+    counted = (~by_context.isnan()).long()
+    others = by_context.nansum(1, keepdim=True) - by_context.nan_to_num(nan=0.0)
+    return (others / (counted.sum(1, keepdim=True) - counted)).view(-1)
+
+
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
     """1 - Var(R - V) / Var(R): 1 is a perfect value head, 0 one that predicts a constant. NaN where R is constant.
 

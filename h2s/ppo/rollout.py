@@ -11,7 +11,7 @@ import torch
 from h2s.data.splits import conversations_of
 from h2s.ppo.evaluation import EvaluatedPolicy
 from h2s.ppo.iteration_log import IterationLog
-from h2s.ppo.loss import explained_variance, k3_per_token, kl_to_reference, masked_mean, whiten
+from h2s.ppo.loss import explained_variance, k3_per_token, kl_to_reference, leave_one_out, masked_mean, whiten
 from h2s.prefix.generation import Batch, Completions
 from h2s.report.intervals import between_share
 from h2s.reward.functions import RewardFunctions, reward_columns
@@ -82,7 +82,7 @@ class Rollout:
     Attributes:
         parts: its mini-batches.
         returns: reward minus KL and penalties, (B,); NaN for a reply that was left out.
-        advantages: whitened returns minus values, (B,); 0 for a reply that was left out.
+        advantages: whitened returns minus a baseline, (B,); 0 for a reply that was left out.
         mean_length: completion tokens on average over all processes.
         last_prompt: hidden states of the last prompt positions, (B, H).
     """
@@ -163,6 +163,7 @@ class SampledPolicy(EvaluatedPolicy):
     def _roll_out(self, model, inputs: dict[str, list]) -> Rollout:
         """1. Sample and score, 2. measure the KL, 3. one advantage a response; 0 for one that was left out."""
         args, log = self.args, self.iterations
+        inputs = {name: [x for x in column for _ in range(args.num_generations)] for name, column in inputs.items()}
         self.terminal.doing("sampling")
         replies = self._reply(inputs)
         self.terminal.doing("scoring")
@@ -177,7 +178,7 @@ class SampledPolicy(EvaluatedPolicy):
         with torch.no_grad():
             values = self.value_head(last_prompt)
         returns = self._returns(replies.scores, replies.unfinished, kl)
-        advantages = returns - values
+        advantages = returns - (values if args.num_generations == 1 else leave_one_out(returns, args.num_generations))
         if args.whiten_advantages:
             together = self.accelerator.gather(advantages)
             advantages = whiten(advantages, together[~together.isnan()])

@@ -69,7 +69,7 @@ def encode_pair(
 def tokenize_preferences(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int, cuts: Counter
 ) -> Dataset:
-    """`chosen_ids`, `rejected_ids`, their `…_type_ids` and `conversation`: what trainer and collator use of pairs.
+    """`chosen_ids`, `rejected_ids`, their `…_type_ids`, `conversation` and TRL's `margin`, where pairs have one.
 
     `cuts` counts as in [`encode_pair`], but a pair's context once.
     """
@@ -77,6 +77,8 @@ def tokenize_preferences(
     for row in dataset:
         text = context_text(row["prompt"])
         encoded: dict[str, Any] = {"conversation": conversation_id(as_messages(row["prompt"]))}
+        if "margin" in row:
+            encoded["margin"] = row["margin"]
         cut: Counter[str] = Counter()
         for side in ("chosen", "rejected"):
             pair = encode_pair(tokenizer, text, reply_text(row[side]), max_tokens, cut)
@@ -132,7 +134,7 @@ class PreferenceCollator:
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchEncoding:
-        """M padded texts from N pairs, and `pairs`, shape (N, 2): which of them are a pair's chosen and rejected."""
+        """M padded texts from N pairs; `pairs`, (N, 2), which of them are a pair's chosen and rejected; `margin`."""
         names = [name for name, column in COLUMNS.items() if f"chosen_{column}" in rows[0]]
         pairs = [
             [tuple(tuple(row[f"{side}_{COLUMNS[name]}"]) for name in names) for side in ("chosen", "rejected")]
@@ -142,4 +144,6 @@ class PreferenceCollator:
         features = [{name: list(values) for name, values in zip(names, text, strict=True)} for text in places]
         # First, since Trainer takes the batch's size from what comes first: it shall count pairs.
         indices = {"pairs": torch.tensor([[places[text] for text in pair] for pair in pairs])}
+        if "margin" in rows[0]:
+            indices["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
         return BatchEncoding(indices | self.tokenizer.pad(features, return_tensors="pt").data)

@@ -109,7 +109,8 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         model: a BERT, ELECTRA, RoBERTa or XLM-R: a folder, a Hub name, `embedded:minilm`, or one with a scalar head
             that is loaded already.
         args: the settings; `RewardModelConfig()` by default.
-        train_dataset: judgements with `prompt`, `chosen` and `rejected`, as `load_preferences` gives them.
+        train_dataset: judgements with `prompt`, `chosen` and `rejected`, as `load_preferences` gives them; with a
+            `margin` (TRL's column) the loss asks for chosen minus rejected minus that.
         eval_dataset: the same, held out; needed where `eval_strategy` is not "no".
         processing_class: the tokenizer of a loaded model; by default the one of the name that it was loaded from.
         peft_config: `PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=20)` by default.
@@ -175,8 +176,8 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         self.adapter = self.reward_model = RewardModel(peft_model, tokenizer, max_tokens, seen=seen)
 
     def learnt_from(self, rows: Dataset) -> list[str]:
-        """The texts' tokens."""
-        return ["chosen_ids", "rejected_ids"]
+        """The texts' tokens, and margins."""
+        return [name for name in ("chosen_ids", "rejected_ids", "margin") if name in rows.column_names]
 
     def began_with(self) -> dict[str, Any]:
         """Also the encoder and its prefix."""
@@ -228,7 +229,7 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
         """TRL's pairwise loss, each distinct text of the batch encoded once."""
         pairs = inputs.pop("pairs")  # (N, 2)
 
-        def scored(**texts: Any) -> Any:
+        def scored(margin: Any = None, **texts: Any) -> Any:
             outputs = model(**texts)
             outputs.logits = outputs.logits[pairs.T.flatten()]  # (2 N, 1), the chosen first, as TRL expects them
             return outputs

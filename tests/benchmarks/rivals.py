@@ -56,10 +56,10 @@ CUDA = torch.cuda.is_available()
 # (contexts that train, before these were chosen); rloo makes one update where ppo makes four.
 RATES = {
     "ppo": (1e-3, 3e-3, 1e-2),
-    "dpo": (3e-4, 1e-3, 3e-3),
+    "dpo": (1e-3, 3e-3, 1e-2),
     "rloo": (3e-3, 1e-2, 3e-2),
     "best-of-4": (),
-    "lora-dpo": (3e-5, 1e-4, 3e-4),
+    "lora-dpo": (1e-4, 3e-4, 1e-3),
 }
 REPLIES = 16  # of an update's batch: contexts of ppo, four replies to four contexts of rloo
 EVALUATION_BATCH = 16
@@ -192,7 +192,15 @@ class Bench:
             policy.save_pretrained(adapter)
         shutil.rmtree(common["output_dir"], ignore_errors=True)
         memory = torch.cuda.max_memory_allocated() if CUDA else peak * 1024
-        return {"rate": rate, "steps": trainer.state.global_step, "minutes": spent, "memory": memory / 2**30}
+        logged = [x for x in trainer.state.log_history if "value/explained_variance" in x]  # ppo's alone
+        return {
+            "rate": rate,
+            "steps": trainer.state.global_step,
+            "minutes": spent,
+            "memory": memory / 2**30,
+            "rho": [x["value/rho"] for x in logged[:1]],
+            "explained_variance": [x["value/explained_variance"] for x in logged],
+        }
 
     def _ppo(self, policy, common, clock):
         args = SingleStepPPOConfig(
@@ -208,7 +216,7 @@ class Bench:
 
     def _dpo_args(self, common) -> DPOConfig:
         # TRL's max_length cuts replies and drops rows.
-        return DPOConfig(**common, **TRL_SETTINGS, per_device_train_batch_size=8, beta=0.1, max_length=None)
+        return DPOConfig(**common, **TRL_SETTINGS, per_device_train_batch_size=4, beta=0.1, max_length=None)
 
     def _dpo(self, policy, common, clock):
         trainer = DPOTrainer(

@@ -11,6 +11,7 @@ from h2s.ppo.loss import (
     explained_variance,
     k3_per_token,
     kl_to_reference,
+    leave_one_out,
     masked_mean,
     policy_loss,
     whiten,
@@ -92,6 +93,14 @@ def test_whiten_keeps_a_small_spread_around_a_large_mean():
 def test_whiten_does_not_depend_on_shift_and_scale():
     x = torch.tensor([0.1, -2.0, 0.7, 5.0])
     assert_numbers(whiten(3 * x + 10, 3 * x + 10), whiten(x, x).tolist())
+
+
+def test_leave_one_out():
+    returns = torch.tensor([1.0, 2.0, 6.0, -4.0, math.nan, 8.0, math.nan, math.nan, 3.0])
+    # Three contexts; of the second one reply was left out, of the third all but one.
+    found = leave_one_out(returns, 3).tolist()
+    assert found[:6] == [4.0, 3.5, 1.5, 8.0, 2.0, -4.0]
+    assert found[6:8] == [3.0, 3.0] and math.isnan(found[8])
 
 
 def test_explained_variance():

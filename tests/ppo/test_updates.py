@@ -106,6 +106,23 @@ def test_kl_is_zero_at_the_start(build):
     assert logged(trainer, "kl") == pytest.approx([0], abs=1e-3)
 
 
+def test_several_replies_to_a_context_are_compared_with_each_other(build):
+    """The value head has no say in it; a reply that is left out has no advantage, and none without another."""
+    scores = [3.0, 5.0, 10.0, None, 0.5, 0.5]
+    trainer = build(
+        lambda **kwargs: scores, num_generations=2, kl_coef=0.0, missing_eos_penalty=0.0, whiten_advantages=False
+    )
+    trainer.value_head.out.bias.data.fill_(0.75)
+    torch.manual_seed(4)
+    inputs = inputs_of(trainer, rows=range(3))
+    rollout = roll_out(trainer, rows=range(3))
+    assert rollout.advantages.tolist() == [-2.0, 2.0, 0.0, 0.0, 0.0, 0.0]
+    prompts = [ids[: int(mask.int().argmax())].tolist() for ids, mask, _ in rows_of(rollout)]
+    assert prompts == [prompt for prompt in inputs["prompt_ids"] for _ in range(2)]
+    assert len({str(ids[mask].tolist()) for ids, mask, _ in rows_of(rollout)}) == 6  # each reply is drawn
+    assert [row["prompt"] for row in trainer.iterations.completions[::2]] == inputs["prompt"]
+
+
 @pytest.mark.parametrize("scores", [None, [100.0, 200.0, 300.0, 700.0, 0.0, 0.0]])
 def test_advantages_are_whitened(build, scores):
     trainer = build(varied if scores is None else lambda **kwargs: scores, missing_eos_penalty=0.0)

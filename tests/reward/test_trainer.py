@@ -30,7 +30,7 @@ def build(loud_bert, sheet_file, tmp_path):
     """A trainer as a user makes one, on a few pairs; `given` are its own arguments and settings."""
     judged = load_preferences(str(sheet_file))
 
-    def make(pairs=16, folder="run", **given):
+    def make(pairs=16, folder="run", margins=None, **given):
         arguments = {"model": loud_bert, "peft_config": prefix_of(VIRTUAL), "eval_dataset": judged.select(range(6))}
         taken = [*arguments, "callbacks", "processing_class"]
         arguments |= {name: given.pop(name) for name in taken if name in given}
@@ -44,7 +44,10 @@ def build(loud_bert, sheet_file, tmp_path):
             "disable_tqdm": True,
         }
         args = RewardModelConfig(output_dir=str(tmp_path / folder), **settings | given)
-        return RewardModelTrainer(args=args, train_dataset=judged.select(range(pairs)), **arguments)
+        train = judged.select(range(pairs))
+        if margins is not None:
+            train = train.add_column("margin", margins)
+        return RewardModelTrainer(args=args, train_dataset=train, **arguments)
 
     return make
 
@@ -244,9 +247,10 @@ def test_prefix_and_head_have_their_own_learning_rates(build):
             torch.testing.assert_close(before[name] - parameter, torch.full_like(parameter, step))
 
 
-def test_loss_and_accuracy_by_hand(build):
-    """The mean of ln(1 + exp(worse - better)), each score one pair at a time."""
-    trainer = build(pairs=4)
+@pytest.mark.parametrize("asked", [None, [0.5, -1.0, 2.0, 0.0]])
+def test_loss_and_accuracy_by_hand(build, asked):
+    """The mean of ln(1 + exp(worse + margin - better)), each score one pair at a time."""
+    trainer = build(pairs=4, margins=asked)
     model = trainer.model.eval()
 
     @torch.no_grad()
@@ -261,7 +265,7 @@ def test_loss_and_accuracy_by_hand(build):
             yield better - worse
 
     rows = list(trainer.train_dataset)
-    terms = [math.log1p(math.exp(-margin)) for margin in margins(rows)]
+    terms = [math.log1p(math.exp(a - margin)) for a, margin in zip(asked or [0] * 4, margins(rows), strict=True)]
     with torch.no_grad():
         loss = trainer.compute_loss(model, dict(trainer.data_collator(rows)))
     assert max(terms) - min(terms) > 1e-4

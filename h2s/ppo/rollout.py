@@ -232,6 +232,14 @@ class SampledPolicy(EvaluatedPolicy):
             share = between_share(by_context.cpu().numpy(), conversations)
             for end, value in zip(("", "_low", "_high"), share, strict=True):
                 self.iterations.metrics[f"value/rho{end}"].append(value)
+            needed = 1 - 4 / 3 * (1 - share[0])  # the advantage's variance is 1 - EV, or k / (k - 1) (1 - rho)
+            if args.num_generations == 1 and needed > 0:
+                logger.info(
+                    "value/rho is %.2f [%.2f, %.2f]: num_generations 4, at a quarter of the contexts, learns from less "
+                    "noise unless value/explained_variance comes to %.2f",
+                    *share,
+                    needed,
+                )
             if args.scale_rewards:
                 self.value_head.measure_rewards(by_context.flatten())
             self._fit_value_head(hidden, self._returns(scores, unfinished))

@@ -6,7 +6,8 @@
 
 The arms, all from the hard prompt and compared with it:
 
-- ppo: h2s's SingleStepPPOTrainer on the prefix, by the reward.
+- ppo: h2s's SingleStepPPOTrainer on the prefix, by the reward: a reply each to sixteen contexts.
+- ppo-4: the same, four replies to four contexts (`num_generations`).
 - dpo: TRL's DPOTrainer on the prefix, straight from the judgements that the reward learnt from.
 - rloo: TRL's RLOOTrainer on the prefix, by the reward, four replies a prompt; its objective is that of ppo.
 - best-of-4: the hard prompt, of whose four replies the reward chooses one: nothing is trained.
@@ -56,12 +57,13 @@ CUDA = torch.cuda.is_available()
 # (contexts that train, before these were chosen); rloo makes one update where ppo makes four.
 RATES = {
     "ppo": (1e-3, 3e-3, 1e-2),
-    "dpo": (1e-3, 3e-3, 1e-2),
+    "ppo-4": (1e-3, 3e-3, 1e-2),
+    "dpo": (3e-3, 1e-2, 3e-2),
     "rloo": (3e-3, 1e-2, 3e-2),
     "best-of-4": (),
     "lora-dpo": (1e-4, 3e-4, 1e-3),
 }
-REPLIES = 16  # of an update's batch: contexts of ppo, four replies to four contexts of rloo
+REPLIES = 16  # of an iteration: contexts of ppo, four replies to four contexts of ppo-4 and rloo
 EVALUATION_BATCH = 16
 # Of TRL's trainers on a prefix: gradient checkpointing crashes with one, weight decay pulls it to zero keys.
 TRL_SETTINGS = {
@@ -100,7 +102,7 @@ class Bench:
     def __init__(self, settings: argparse.Namespace, arm: str, seed: int):
         self.settings, self.arm, self.seed = settings, arm, seed
         self.folder = settings.out / f"{arm}-{seed}"
-        self.sampling = Sampling(settings.max_completion_length)
+        self.sampling = Sampling(settings.max_completion_length, settings.temperature)
         self.scorers = open_scorers(str(settings.out / "reward"), str(settings.out / "reward" / "judge"))
         self.learnt = self.scorers["reward"].seen
         parts = split_by_conversation(load_contexts(settings.contexts), settings.split_seed, settings.test_size)
@@ -169,7 +171,8 @@ class Bench:
             prompts = [ids[i] for i in rows]
             with torch.no_grad(), seeded(lora.model.device, self.seed + rows.start):
                 batch = Batch.from_rows(lora.tokenizer, prompts, lora.complete(prompts, sampling), lora.model.device)
-                kl += (lora.module(*batch, 1.0)[0] - base.module(*batch, 1.0)[0]).sum(1).tolist()
+                soft, hard = (policy.module(*batch, sampling.temperature)[0] for policy in (lora, base))
+                kl += (soft - hard).sum(1).tolist()
         return table.assign(kl=kl)
 
     # ---- the trainers ----
@@ -179,7 +182,7 @@ class Bench:
         adapter = self.adapter(rate)
         shutil.rmtree(adapter, ignore_errors=True)
         torch.manual_seed(self.seed)
-        make = {"ppo": self._ppo, "dpo": self._dpo, "rloo": self._rloo, "lora-dpo": self._lora_dpo}[self.arm]
+        make = {"dpo": self._dpo, "rloo": self._rloo, "lora-dpo": self._lora_dpo}.get(self.arm, self._ppo)
         policy = None if self.arm == "lora-dpo" else self.hard_prompt()
         common = {"learning_rate": rate, "seed": self.seed, "output_dir": str(self.folder / "run")}
         clock = Clock(self.settings.minutes)
@@ -203,11 +206,15 @@ class Bench:
         }
 
     def _ppo(self, policy, common, clock):
+        replies = 4 if self.arm == "ppo-4" else 1  # to a context
         args = SingleStepPPOConfig(
             **common,
             max_steps=TRL_SETTINGS["max_steps"],
-            per_device_train_batch_size=REPLIES,
+            per_device_train_batch_size=REPLIES // replies,
+            num_generations=replies,
+            value_warmup_batches=2 * replies,
             max_completion_length=self.sampling.max_completion_length,
+            temperature=self.sampling.temperature,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -261,7 +268,7 @@ class Bench:
             max_completion_length=self.sampling.max_completion_length,
             pad_to_multiple_of=None,
             beta=SingleStepPPOConfig.kl_coef,
-            temperature=1.0,
+            temperature=self.sampling.temperature,
         )
         trainer = RLOOTrainer(
             model=policy.model,
@@ -422,6 +429,7 @@ def main() -> None:
     parser.add_argument("--reported", default="", help="other contexts, reported on; then that share selects")
     parser.add_argument("--split_seed", type=int, default=42)
     parser.add_argument("--max_completion_length", type=int, default=16)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--minutes", type=float, default=10, help="of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--arms", nargs="+", choices=RATES, default=list(RATES))

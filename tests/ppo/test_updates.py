@@ -218,6 +218,24 @@ def test_the_warm_up_fits_the_returns(build):
     torch.testing.assert_close(values, torch.full((BATCH,), 3.0), rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("generations", [1, 2])
+def test_what_several_replies_to_a_context_would_be_worth_is_said(build, caplog, generations):
+    """Contexts are worth 0, 2, …, 10, their second reply 1 more: mean squares 28 between, 0.5 within, rho 55/57."""
+    calls = []
+
+    def reward(number, **kwargs):
+        calls.append(number)
+        return [2.0 * n + (len(calls) == 2) for n in number]
+
+    trainer = build(reward, contexts=range(6), max_steps=1, num_generations=generations)
+    with caplog.at_level("INFO", "h2s"):
+        trainer.train()
+    assert logged(trainer, "value/rho") == [pytest.approx(55 / 57)]
+    said = [line for line in caplog.messages if "num_generations 4" in line]
+    # 1 - 4/3 * 2/57
+    assert len(said) == (generations == 1) and all("is 0.96 [" in line and "comes to 0.95" in line for line in said)
+
+
 def test_rewards_are_counted_in_spreads_of_the_hard_prompts_replies(build):
     """A reward in another unit makes the same run; the log's own rewards stay as they are."""
     ends, returns, rewards = [], [], []

@@ -2,9 +2,9 @@
 
 One Trainer step is one PPO iteration. A textbook's PPO (Schulman et al. 2017) has an action a token and a critic at
 each; here the whole response is one action with one reward, one baseline (the value of its context, or the mean return
-of the context's other responses) and one advantage, and only the prefix and the value head move. The updates of an iteration are made inside `training_step`, which then leaves no
-gradient behind: the loop's own `optimizer.step()` moves nothing, and its schedule advances once an iteration. So a
-checkpoint always lies between iterations.
+of the context's other responses) and one advantage, and only the prefix and the value head move. The updates of an
+iteration are made inside `training_step`, which then leaves no gradient behind: the loop's own `optimizer.step()` moves
+nothing, and its schedule advances once an iteration. So a checkpoint always lies between iterations.
 """
 
 import copy

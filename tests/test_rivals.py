@@ -50,7 +50,7 @@ def test_every_arm_looks_three_times_and_is_reported(whole, start):
     for arm, (*looks, report) in whole[1].items():
         assert [line["kind"] for line in (*looks, report)] == ["look"] * len(looks) + ["report"]
         assert len({look["rate"] for look in looks}) == len(looks) == (0 if arm == "best-of-4" else 3)
-        assert all(look["steps"] == 1 and look["memory"] > 0.1 for look in looks)
+        assert all(look["steps"] == 1 and look["memory"] > 0.1 and "kl" in look for look in looks)
         if looks:
             assert report["rate"] == max(looks, key=lambda look: look["judge_difference"])["rate"]
     rows = [line.split(" | ")[0] for line in whole[0].splitlines() if line.startswith("| ")]

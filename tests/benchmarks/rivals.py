@@ -65,6 +65,8 @@ RATES = {
 }
 REPLIES = 16  # of an iteration: contexts of ppo, four replies to four contexts of ppo-4 and rloo
 EVALUATION_BATCH = 16
+# Of a look: the first chooses the rate, the others say what it cost.
+LOOKED_AT = ("judge_difference", "judge_same_length", "kl", "soft_tokens", "soft_unfinished")
 # Of TRL's trainers on a prefix: gradient checkpointing crashes with one, weight decay pulls it to zero keys.
 TRL_SETTINGS = {
     "max_steps": 1_000_000,  # the clock ends it
@@ -298,8 +300,8 @@ class Bench:
             if rate not in looks:
                 trained = self.train_at(rate)
                 table = self.compare(self.adapter(rate), self.selecting, {"judge": self.scorers["judge"]})
-                judge = summarise(table, "judge")["judge_difference"]
-                looks[rate] = self.keep("look", **trained, selecting=len(table), judge_difference=judge)
+                seen = {name: value for name, value in summarise(table, "judge").items() if name in LOOKED_AT}
+                looks[rate] = self.keep("look", **trained, selecting=len(table), **seen)
         best = max(looks.values(), key=lambda line: line["judge_difference"]) if looks else {}
         if best and best["seed"] != self.seed:
             best = self.train_at(best["rate"])

@@ -11,7 +11,7 @@ import pytest
 from tiny import ROOT, sample_context
 
 SCRIPT = ROOT / "tests" / "benchmarks" / "rivals.py"
-ARMS = ["ppo", "dpo", "rloo", "best-of-4", "lora-dpo"]
+ARMS = ["ppo", "ppo-4", "dpo", "rloo", "best-of-4", "lora-dpo"]
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def policy_loss(
 
 
 def leave_one_out(returns: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """The baseline of a reply: the mean return of the other replies to its context (arXiv 2402.14740, section 3.3).
+    """The baseline of a reply: the mean return of the other replies to its context (RLOO, arXiv 2402.14740).
 
     Args:
         returns: shape (B,), the `num_generations` replies to a context side by side; NaN for a reply without one.

@@ -1,4 +1,4 @@
-"""What speed.py and growth.py share: the same work for all, clocks and memory, child processes, tables.
+"""What the benchmarks share: the same work for all, clocks and memory, child processes, tables.
 
 Letters: B replies, P tokens of the hard prompt (the prefix), T of the conversation after it, C of the completion.
 """
@@ -385,3 +385,15 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+# ---- a run that was stopped and goes on ----
+
+
+def check_same(file: Path, shared: dict[str, str]) -> None:
+    """What is there was made with the same settings, but for arms and seeds: else one table would hold both."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else shared
+    other = [f"{name} {before[name]!r}, now {shared[name]!r}" for name in shared if before[name] != shared[name]]
+    if other:
+        raise SystemExit(f"{file.parent} holds results of other settings: {'; '.join(other)}: take another --out")
+    file.write_text(json.dumps(shared, indent=1), encoding="utf-8")

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from measuring import check_same
 from scipy.optimize import minimize_scalar
 
 from h2s import RewardModelConfig, RewardModelTrainer, load_preferences
@@ -106,9 +107,9 @@ def margins(out: Path) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
             ]
             tables.setdefault(folder.name.split("-")[0], []).append(pd.concat(read, ignore_index=True))
     members, offset = tables.get("member", []), tables.get("offset", [])
+    if not members + offset:
+        raise SystemExit(f"no way has all {FOLDS} folds yet in {out}")
     first = (members or offset)[0]
-    for table in members + offset:
-        assert table["row"].equals(first["row"])
     characters = first["length_difference"].to_numpy() / HUNDRED
     ways = {"the longer wins": first["length_difference"].to_numpy(dtype=float)}
     for number, table in enumerate(members, start=1):
@@ -167,6 +168,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is there and do nothing")
     settings = parser.parse_args()
     if not settings.table:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        shared = ("sheet", "encoder", "num_virtual_tokens", "max_steps")
+        check_same(settings.out / "settings.json", {name: str(getattr(settings, name)) for name in shared})
         _, tokenizer, max_tokens = open_encoder(settings.encoder, settings.num_virtual_tokens)
         pairs = readable_pairs(load_preferences(settings.sheet), tokenizer, max_tokens)
         for seed in settings.members:

@@ -36,6 +36,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, concatenate_datasets
+from measuring import check_same
 from peft import LoraConfig, PeftModel, TaskType
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
@@ -53,8 +54,8 @@ from h2s.reward.functions import RewardFunctions, open_scorers
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
-# Three each. The largest of ppo is its default, which came to a KL of 4 nats a reply within four iterations on SmolLM2
-# (contexts that train, before these were chosen); rloo makes one update where ppo makes four.
+# Three each. The largest of ppo is its default, which came to a KL of 4 nats a reply within four iterations of SmolLM2
+# on the sample contexts, before these were chosen; rloo makes one update where ppo makes four.
 RATES = {
     "ppo": (1e-3, 3e-3, 1e-2),
     "ppo-4": (1e-3, 3e-3, 1e-2),
@@ -382,15 +383,6 @@ def table(out: Path) -> str:
 
 
 # ---- the whole ----
-
-
-def check_same(file: Path, shared: dict[str, str]) -> None:
-    """What is there was made with the same settings, but for arms and seeds: else one table would hold both."""
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else shared
-    other = [f"{name} {before[name]!r}, now {shared[name]!r}" for name in shared if before[name] != shared[name]]
-    if other:
-        raise SystemExit(f"{file.parent} holds results of other settings: {'; '.join(other)}: take another --out")
-    file.write_text(json.dumps(shared, indent=1), encoding="utf-8")
 
 
 def train_reward(settings: argparse.Namespace, flags: list[str]) -> None:

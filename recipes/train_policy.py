@@ -25,7 +25,7 @@ def main(run, argv: list[str] | None = None) -> None:
     from h2s.data import splits
     from h2s.prefix.opened import open_policy
     from h2s.report.comparison import write_comparison
-    from h2s.report.what_changed import write_what_changed
+    from h2s.report.what_changed import layer_movement, write_what_changed
     from h2s.reward.functions import open_scorers
 
     ########
@@ -72,6 +72,7 @@ def main(run, argv: list[str] | None = None) -> None:
     # Report #
     ##########
     table, names = trainer.compare(parts["test"]), list(scorers)
+    moved = layer_movement(policy.model)
     if not run.is_main_process:
         return
     measured = f"{write_comparison(table, names, folder, trainer.kept_step())}\n{aside}"
@@ -81,7 +82,7 @@ def main(run, argv: list[str] | None = None) -> None:
     for name, scorer in scorers.items():
         if cuts := scorer.cuts():
             logger.info("the %s cut %d contexts, %d responses", name, cuts["context"], cuts["response"])
-    logger.info("side by side, and how far each layer moved: %s", write_what_changed(table, policy, names, folder))
+    logger.info("side by side, and how far each layer moved: %s", write_what_changed(table, moved, names, folder))
     policy.write_card(folder, measured)  # the adapter lies there already
     logger.info("the adapter of the kept step is in %s", folder)
     run.push(args)

@@ -9,6 +9,8 @@ import time
 import pytest
 import torch
 from datasets import Dataset
+from distributed.launching import launch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from tiny import HARD_PROMPT, build_tokenizer, save_bert
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, Gemma3ForCausalLM
 from transformers import Gemma3TextConfig as Gemma
@@ -108,6 +110,20 @@ def test_a_batch_past_the_window_is_exact(gemma):
     assert worst < 1e-3
 
 
+def test_a_static_cache_draws_the_same(gemma):
+    """In float32: transformers compiles the decode step with it."""
+    policy = PrefixTuningPolicyModel.from_hard_prompt(str(gemma), HARD_PROMPT, dtype="float32")
+    contexts = [[{"role": "user", "content": text}] for text in ("walk", "the number is " * 20, "hello")]
+    prompts, drawn, seconds = policy.encode(contexts, REPLY), {}, {}
+    for cache in (None, "static", "static"):  # the second time it is compiled
+        begin = time.perf_counter()
+        with torch.no_grad(), seeded(policy.model.device, 0):
+            drawn[cache] = policy.complete(prompts, Sampling(REPLY, cache_implementation=cache))
+        seconds[cache] = time.perf_counter() - begin
+    print(f"\nstatic cache, seconds for {REPLY} tokens: {seconds}")
+    assert drawn["static"] == drawn[None]
+
+
 @pytest.mark.parametrize("updates", [1, 4])
 def test_an_iteration(build, updates):
     """In bfloat16, 16 replies of 128 tokens: the ratio is 1 before the first update."""
@@ -153,3 +169,26 @@ def test_an_epoch_of_the_reward_model(sheet_file, tmp_path):
         f"\nreward, {len(judged)} pairs: {time.perf_counter() - begin:.1f} s an epoch, {gigabytes:.1f} GB at the peak"
     )
     assert output.training_loss > 0
+
+
+QUIET = ["--report_to", "none", "--disable_tqdm", "true"]
+
+
+def test_stage_1_as_configured(bert_folder, sheet_file, tmp_path):
+    command = ["recipes/train_reward.py", "--reward_model_name_or_path", str(bert_folder), "--path", str(sheet_file)]
+    command += ["--num_train_epochs", "1", "--output_dir", str(tmp_path), "--run_name", "run", *QUIET]
+    done = launch(1, *command, config="single_gpu")
+    assert done.returncode == 0, done.stderr[-8000:]
+    AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run", num_labels=1)
+
+
+@pytest.mark.parametrize("config", ["single_gpu", "multi_gpu", "fsdp2"])
+def test_stage_2_as_configured(config, gemma_folder, contexts_file, tmp_path):
+    """One process, on the card, in bfloat16."""
+    command = ["recipes/train_policy.py", "--model_name_or_path", str(gemma_folder), "--path", str(contexts_file)]
+    command += ["--hard_prompt", HARD_PROMPT, "--reward_function", "rewards_of_launches.length", "--max_steps", "2"]
+    command += ["--max_completion_length", "4", "--output_dir", str(tmp_path), "--run_name", "run", *QUIET]
+    done = launch(1, *command, config=config)
+    assert done.returncode == 0, done.stderr[-8000:]
+    assert "step 2 of 2: " in done.stdout
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 
 from h2s.data.messages import Messages
 from h2s.prefix.adapter import hard_prefix, soft_prefix
-from h2s.prefix.policy_model import PrefixTuningPolicyModel
 
 WHAT_CHANGED = "what_changed.md"
 EXAMPLES = 12
@@ -18,6 +18,8 @@ EXAMPLES = 12
 
 def layer_movement(model: PeftModel) -> pd.DataFrame:
     """How far keys and values of each layer moved from the hard prompt's.
+
+    Where the model is sharded every process calls it, to gather the prefix.
 
     Returns:
         A row a layer: `keys` and `values`, the norm of the difference over the norm at the start (0 is unmoved).
@@ -30,20 +32,19 @@ def layer_movement(model: PeftModel) -> pd.DataFrame:
 def _keys_and_values(model: PeftModel, weight: torch.Tensor) -> torch.Tensor:
     """PEFT's rows hold key then value, layer by layer: (P, layers * 2 * H) -> (P, layers, 2, H), float32."""
     layers = model.active_peft_config.num_layers
+    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
     return weight.detach().float().reshape(weight.shape[0], layers, 2, -1)
 
 
-def write_what_changed(
-    table: pd.DataFrame, policy: PrefixTuningPolicyModel, scores: Sequence[str], folder: Path
-) -> Path:
+def write_what_changed(table: pd.DataFrame, moved: pd.DataFrame, scores: Sequence[str], folder: Path) -> Path:
     """Write `what_changed.md` into a folder; returns its path."""
     path = folder / WHAT_CHANGED
-    path.write_text(what_changed(table, policy.model, scores), encoding="utf-8")
+    path.write_text(what_changed(table, moved, scores), encoding="utf-8")
     return path
 
 
-def what_changed(table: pd.DataFrame, model: PeftModel, scores: Sequence[str]) -> str:
-    """The report as Markdown: the replies that changed most, side by side, then how far each layer moved.
+def what_changed(table: pd.DataFrame, moved: pd.DataFrame, scores: Sequence[str]) -> str:
+    """The report as Markdown: the replies that changed most, side by side, then how far each layer `moved`.
 
     Most is by the judge, else by the first score, whichever way it changed; without scores by the soft reply's summed
     log-ratio to the hard prompt. What has no such number (a reply left out) comes last.
@@ -69,7 +70,7 @@ def what_changed(table: pd.DataFrame, model: PeftModel, scores: Sequence[str]) -
             lines.append(f"- {side}{about}: {_in_one_line(row[side])}")
         lines.append("")
     lines += ["How far the prefix moved, relative to its own size:", "", "| layer | keys | values |", "|---|---|---|"]
-    lines += [f"| {m.Index} | {m.keys:.4f} | {m.values:.4f} |" for m in layer_movement(model).itertuples()]
+    lines += [f"| {m.Index} | {m.keys:.4f} | {m.values:.4f} |" for m in moved.itertuples()]
     return "\n".join(lines) + "\n"
 
 

@@ -23,6 +23,7 @@ from updates import GivenCompletions, length_mod_5
 
 from h2s import PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer
 from h2s.prefix.adapter import soft_prefix
+from h2s.report.what_changed import layer_movement
 
 if int(os.environ.get("WORLD_SIZE", "1")) > 1:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -70,7 +71,7 @@ def main(model_folder: str, out: str, batch: str) -> None:
     conversations = ["tea"] if PartialState().process_index else ["hello", "walk " * 9]
     policy.__class__ = PrefixTuningPolicyModel
     replies = policy.generate(conversations, max_completion_length=12, temperature=0)
-    table = trainer.compare(trainer.eval_dataset)
+    table, moved = trainer.compare(trainer.eval_dataset), layer_movement(policy.model)
     whole = soft.full_tensor() if sharded else soft
     if trainer.is_world_process_zero():
         save_file({"prefix": whole.contiguous()}, folder / "end.safetensors")
@@ -79,6 +80,7 @@ def main(model_folder: str, out: str, batch: str) -> None:
             "world_size": trainer.args.world_size,
             "rows here": len(soft.to_local()) if sharded else len(soft),
             "rows": len(whole),
+            "moved": moved.to_numpy().tolist(),
             "log": trainer.state.log_history,
             "replies": replies,
             "report": {name: table[name].tolist() for name in ("soft", "hard", "kl", "soft_reward")},

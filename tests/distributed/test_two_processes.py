@@ -92,6 +92,8 @@ def test_a_policy_that_fsdp2_shards_ends_where_it_ends_whole(shards):
     assert sharded["replies"] == whole["replies"] and len(set(whole["replies"])) == 2
     for name, values in whole["report"].items():
         assert sharded["report"][name] == (values if name in ("soft", "hard") else pytest.approx(values, abs=1e-4))
+    torch.testing.assert_close(*(torch.tensor(way["moved"]) for way in (sharded, whole)), rtol=0, atol=1e-5)
+    assert min(whole["moved"][0]) > 0
     # No process wrote the frozen model, and what was written is what one process writes.
     names = [{f.name for f in (folder / "run-2" / "checkpoint-3").iterdir()} for folder in shards]
     assert names[1] - names[0] == {"rng_state_0.pth", "rng_state_1.pth"} and names[0] - names[1] == {"rng_state.pth"}

@@ -83,7 +83,7 @@ def test_report_shows_both_replies_of_the_contexts_that_changed_most(table, poli
         soft_prefix(model)[:, WIDTH : 2 * WIDTH] *= 1.25
     # By the judge: the last, up or down the same, then the others by how far; of the third there is no telling.
     table["soft_judge"] = [0.5, *(0.01 * i for i in range(1, EXAMPLES + 2)), -2.0]
-    lines = what_changed(table, model, ["reward", "judge"]).splitlines()
+    lines = what_changed(table, layer_movement(model), ["reward", "judge"]).splitlines()
     assert lines[:4] == [
         "# What changed",
         "",
@@ -118,16 +118,17 @@ def test_without_a_judge_the_reward_says_what_changed_most(table, policy):
     """What it left out comes last, and is still shown where there is room."""
     few = table.head(4).drop(columns=["soft_judge", "hard_judge"])
     few.loc[3, "hard_reward"] = math.nan
-    lines = what_changed(few, policy.model, ["reward"]).splitlines()
+    lines = what_changed(few, layer_movement(policy.model), ["reward"]).splitlines()
     assert lines[2].startswith("The replies that changed most by the reward, gains and losses alike, the largest")
     assert [line[-7] for line in lines if line.startswith("- soft")] == ["2", "1", "0", "3"]
     assert "- hard (reward left out): hard 3" in lines
 
 
 def test_report_without_scores(table, policy, tmp_path):
-    path = write_what_changed(table, policy, [], tmp_path)
+    moved = layer_movement(policy.model)
+    path = write_what_changed(table, moved, [], tmp_path)
     text = path.read_text(encoding="utf-8")
-    assert path == tmp_path / "what_changed.md" and text == what_changed(table, policy.model, [])
+    assert path == tmp_path / "what_changed.md" and text == what_changed(table, moved, [])
     assert "- soft (): soft" not in text and "most by the log-ratio to the hard prompt, the largest" in text
     shown = [line for line in text.splitlines() if line.startswith("- soft")]
     assert shown[:2] == ["- soft (not finished): soft 14 words", "- soft: soft 13 words"] and len(shown) == EXAMPLES

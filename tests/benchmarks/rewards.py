@@ -59,6 +59,26 @@ def scored(reward, pairs) -> pd.DataFrame:
     return table.assign(**{side: reward.score(pairs["prompt"], pairs[side]).numpy() for side in SIDES})
 
 
+def trained(encoder: str, train, validation, folder: Path, seed: int, virtual: int = 20, max_steps: int = -1):
+    """A reward model as `recipes/train_reward.py` makes it, of that seed."""
+    trainer = RewardModelTrainer(
+        model=encoder,
+        args=RewardModelConfig(
+            output_dir=str(folder),
+            seed=seed,
+            eval_strategy="epoch",
+            report_to="none",
+            disable_tqdm=True,
+            max_steps=max_steps,
+        ),
+        train_dataset=train,
+        eval_dataset=validation,
+        peft_config=prefix_config(virtual),
+    )
+    trainer.train()
+    return trainer.reward_model
+
+
 def member(settings: argparse.Namespace, seed: int, number: int, parts) -> None:
     """Train on one fold and keep the scores of its held-out pairs, and the two slopes."""
     name = f"{'offset' if settings.offset else 'member'}-{seed}"
@@ -71,25 +91,13 @@ def member(settings: argparse.Namespace, seed: int, number: int, parts) -> None:
         slopes["labels"] = b = slope_of_labels(lengths(train))
         # TRL's loss subtracts the margin from the score difference.
         train, validation = (part.add_column("margin", (-b * lengths(part)).tolist()) for part in (train, validation))
-    trainer = RewardModelTrainer(
-        model=settings.encoder,
-        args=RewardModelConfig(
-            output_dir=str(folder / "run"),
-            seed=seed,
-            eval_strategy="epoch",
-            report_to="none",
-            disable_tqdm=True,
-            max_steps=settings.max_steps,
-        ),
-        train_dataset=train,
-        eval_dataset=validation,
-        peft_config=prefix_config(settings.num_virtual_tokens),
+    model = trained(
+        settings.encoder, train, validation, folder / "run", seed, settings.num_virtual_tokens, settings.max_steps
     )
-    trainer.train()
-    learnt, characters = pair_table(trainer.reward_model, parts["train"]), lengths(parts["train"])
+    learnt, characters = pair_table(model, parts["train"]), lengths(parts["train"])
     # Through the origin: which reply stands first is nothing that a length could explain.
     slopes["scores"] = float(characters @ learnt["margin"] / (characters @ characters))
-    scored(trainer.reward_model, parts["test"]).to_parquet(folder / "pairs.parquet")
+    scored(model, parts["test"]).to_parquet(folder / "pairs.parquet")
     shutil.rmtree(folder / "run")
     (folder / "slopes.json").write_text(json.dumps(slopes), encoding="utf-8")  # last: the fold is whole
     print(f"{name}, fold {number}: right in {right(learnt['margin']).mean():.3f} of the pairs that trained", flush=True)

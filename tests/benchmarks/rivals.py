@@ -3,6 +3,12 @@
     python tests/benchmarks/rivals.py --out outputs/rivals --minutes 20 --seeds 1 2 3 --sheet human_eval.xlsx
     python tests/benchmarks/rivals.py --out outputs/look --model tiny --minutes 0.05  # its figures say nothing
     python tests/benchmarks/rivals.py --out outputs/rivals --table                    # what is there so far
+    python tests/benchmarks/rivals.py --out outputs/rivals --table --judge outputs/e5/reward/judge  # by another judge
+
+PPO by other rewards, from other prefixes:
+
+    python tests/benchmarks/rivals.py --out outputs/e5 --encoder outputs/e5-small --members 5 --arms ppo --rate 3e-3
+    python tests/benchmarks/rivals.py --out outputs/more --start outputs/rivals/dpo-1/0.01 --arms ppo --rate 3e-3
 
 The arms, all from the hard prompt and compared with it:
 
@@ -38,19 +44,23 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from measuring import check_same
 from peft import LoraConfig, PeftModel, TaskType
+from rewards import trained
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import utils as trl_utils
 
 from h2s import PrefixTuningPolicyModel, SingleStepPPOConfig, SingleStepPPOTrainer, load_contexts, load_preferences
-from h2s.data.splits import conversations_of, set_aside_seen, split_by_conversation
+from h2s.data.splits import conversations_of, set_aside_seen, split_by_conversation, split_for_models
 from h2s.models import load_base_model, load_tokenizer, resolve_embedded
 from h2s.prefix.generation import Batch, Sampling, seeded
 from h2s.report.best_of_n import draw_hard
 from h2s.report.comparison import summarise
 from h2s.report.intervals import difference_text
 from h2s.report.soft_vs_hard import shared_batches, soft_vs_hard
-from h2s.reward.functions import RewardFunctions, open_scorers
+from h2s.reward.encoder import open_encoder
+from h2s.reward.functions import RewardFunctions
+from h2s.reward.pairs import readable_pairs
+from h2s.run.arguments import RewardDatasetArguments
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
@@ -66,6 +76,7 @@ RATES = {
 }
 REPLIES = 16  # of an iteration: contexts of ppo, four replies to four contexts of ppo-4 and rloo
 EVALUATION_BATCH = 16
+JUDGE_SHARE, VIRTUAL_TOKENS = 0.5, 20
 # Of a look: the first chooses the rate, the others say what it cost.
 LOOKED_AT = ("judge_difference", "judge_same_length", "kl", "soft_tokens", "soft_unfinished")
 # Of TRL's trainers on a prefix: gradient checkpointing crashes with one, weight decay pulls it to zero keys.
@@ -106,10 +117,12 @@ class Bench:
         self.settings, self.arm, self.seed = settings, arm, seed
         self.folder = settings.out / f"{arm}-{seed}"
         self.sampling = Sampling(settings.max_completion_length, settings.temperature)
-        self.scorers = open_scorers(str(settings.out / "reward"), str(settings.out / "reward" / "judge"))
-        self.learnt = self.scorers["reward"].seen
+        members = RewardFunctions(*members_of(settings))
+        self.learnt = members.seen
+        reward = minus_spread(members) if settings.minus_spread else members
+        self.scorers = {"reward": reward, "judge": RewardFunctions(str(settings.out / "reward" / "judge"))}
         parts = split_by_conversation(load_contexts(settings.contexts), settings.split_seed, settings.test_size)
-        seen_by = {name: scorer.seen for name, scorer in self.scorers.items()}
+        seen_by = {"reward": self.learnt, "judge": self.scorers["judge"].seen}
         # The judge's conversations neither train nor select: it would be asked about its own.
         judged = {"judge": seen_by["judge"]}
         self.train, self.selecting = (set_aside_seen(parts[name], judged)[0] for name in ("train", "validation"))
@@ -187,6 +200,8 @@ class Bench:
         torch.manual_seed(self.seed)
         make = {"dpo": self._dpo, "rloo": self._rloo, "lora-dpo": self._lora_dpo}.get(self.arm, self._ppo)
         policy = None if self.arm == "lora-dpo" else self.hard_prompt()
+        if self.settings.start:
+            policy = PrefixTuningPolicyModel.from_pretrained(self.settings.start, dtype="float32")
         common = {"learning_rate": rate, "seed": self.seed, "output_dir": str(self.folder / "run")}
         clock = Clock(self.settings.minutes)
         trainer = make(policy, common, clock)
@@ -297,20 +312,21 @@ class Bench:
         """The looks that are missing, then the report."""
         self.folder.mkdir(exist_ok=True)
         looks = {x["rate"]: x for x in read(self.settings.out) if (x["kind"], x["arm"]) == ("look", self.arm)}
-        for rate in RATES[self.arm]:
+        for rate in () if self.settings.rate else RATES[self.arm]:
             if rate not in looks:
                 trained = self.train_at(rate)
                 table = self.compare(self.adapter(rate), self.selecting, {"judge": self.scorers["judge"]})
                 seen = {name: value for name, value in summarise(table, "judge").items() if name in LOOKED_AT}
                 looks[rate] = self.keep("look", **trained, selecting=len(table), **seen)
         best = max(looks.values(), key=lambda line: line["judge_difference"]) if looks else {}
-        if best and best["seed"] != self.seed:
-            best = self.train_at(best["rate"])
+        rate = self.settings.rate or best.get("rate")
+        if rate and best.get("seed") != self.seed:
+            best = self.train_at(rate)
         table = self.compare(self.adapter(best["rate"]) if best else None, self.reported, self.scorers)
         table.to_parquet(self.folder / "replies.parquet")
         trained = {name: best.get(name) for name in ("rate", "steps", "minutes")}
         # A process's peak never falls: that of the first look is of one training alone.
-        memory = min((x["memory"] for x in looks.values()), default=None)
+        memory = min((x["memory"] for x in looks.values()), default=best.get("memory"))
         self.keep("report", **trained, memory=memory, contexts=len(table))
 
     def adapter(self, rate: float) -> Path:
@@ -336,8 +352,12 @@ def read(out: Path) -> list[dict[str, Any]]:
 # ---- what is printed ----
 
 
-def table(out: Path) -> str:
-    """The reports as Markdown, and the first arm minus each other by the judge, over all seeds of both."""
+def table(out: Path, judge: str = "") -> str:
+    """The reports as Markdown, and the first arm minus each other by the judge, over all seeds of both.
+
+    `judge` is another one, in the place of theirs.
+    """
+    other = RewardFunctions(judge) if judge else None
     lines = [
         "| arm | seed | rate | judge, soft minus hard | judge at equal length | judge, both replies finished "
         "| reward, soft minus hard | KL, nats a reply | tokens soft / hard | unfinished soft / hard | steps | minutes "
@@ -347,6 +367,8 @@ def table(out: Path) -> str:
     judged: dict[str, dict[int, pd.DataFrame]] = {}
     for line in (x for x in read(out) if x["kind"] == "report"):
         replies = pd.read_parquet(out / f"{line['arm']}-{line['seed']}" / "replies.parquet")
+        for side in ("soft", "hard") if other else ():
+            replies[f"{side}_judge"] = other.total(other(list(replies["prompt"]), list(replies[side])))
         judged.setdefault(line["arm"], {})[line["seed"]] = replies
         judge, groups = replies["soft_judge"] - replies["hard_judge"], replies["conversation"]
         ended = replies["soft_finished"] & replies["hard_finished"]
@@ -385,29 +407,39 @@ def table(out: Path) -> str:
 # ---- the whole ----
 
 
-def train_reward(settings: argparse.Namespace, flags: list[str]) -> None:
-    """The reward and the judge of all arms, by the recipe, if they are not there yet."""
-    folder = settings.out / "reward"
-    if (folder / "judge" / "README.md").is_file():
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [
-        sys.executable,
-        str(ROOT / "recipes" / "train_reward.py"),
-        "--judge_share",
-        "0.5",
-        "--path",
-        settings.sheet,
-    ]
-    command += [
-        "--reward_model_name_or_path",
-        settings.encoder,
-        "--output_dir",
-        str(settings.out),
-        "--run_name",
-        "reward",
-    ]
-    subprocess.run([*command, *flags], check=True, stdout=sys.stderr)
+def members_of(settings: argparse.Namespace) -> tuple[list[str], list[float]]:
+    """The reward's members and their weights."""
+    others = [str(settings.out / f"reward-{seed}") for seed in range(1, settings.members)]
+    return [str(settings.out / "reward"), *others], [1 / settings.members] * settings.members
+
+
+def minus_spread(members: RewardFunctions) -> RewardFunctions:
+    """Of the members' mean, less the standard deviation over them of a reply's score."""
+
+    def mean_minus_spread(prompts, completions, **kwargs):
+        values = members(prompts, [completion[0]["content"] for completion in completions])
+        return (values.mean(1) - values.std(1)).tolist()
+
+    return RewardFunctions(mean_minus_spread)
+
+
+def train_rewards(settings: argparse.Namespace, flags: list[str]) -> None:
+    """The reward and the judge of all arms by the recipe, and the reward's further members, if they are not there."""
+    first, *others = map(Path, members_of(settings)[0])
+    if not (first / "judge" / "README.md").is_file():
+        shutil.rmtree(first, ignore_errors=True)
+        command = [sys.executable, str(ROOT / "recipes" / "train_reward.py"), "--judge_share", str(JUDGE_SHARE)]
+        command += ["--path", settings.sheet, "--reward_model_name_or_path", settings.encoder]
+        command += ["--output_dir", str(settings.out), "--run_name", first.name]
+        subprocess.run([*command, *flags], check=True, stdout=sys.stderr)
+    if others:
+        data = RewardDatasetArguments()  # the recipe's defaults: the same parts
+        source, tokenizer, max_tokens = open_encoder(settings.encoder, VIRTUAL_TOKENS)
+        pairs = readable_pairs(load_preferences(settings.sheet), tokenizer, max_tokens)
+        parts = split_for_models(pairs, data.split_seed, data.test_size, JUDGE_SHARE)["reward"]
+    for seed, folder in enumerate(others, start=1):
+        if not (folder / "README.md").is_file():
+            trained(source, parts["train"], parts["validation"], folder / "run", seed).save_pretrained(folder)
 
 
 def main() -> None:
@@ -416,6 +448,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; a run that was stopped goes on")
     parser.add_argument("--model", default="embedded:gemma-3-270m", help="as h2s names models, or tiny")
     parser.add_argument("--encoder", default="embedded:minilm", help="of the reward and the judge")
+    parser.add_argument("--members", type=int, default=1, help="models whose mean is the reward")
+    parser.add_argument("--minus_spread", action="store_true", help="less the standard deviation over the members")
     parser.add_argument("--hard_prompt", default=prompt.read_text(encoding="utf-8").strip())
     parser.add_argument("--sheet", default=str(data / "judgements.xlsx"), help="the judgements")
     parser.add_argument("--contexts", default=str(data / "more_contexts.json"), help="that train, select, are reported")
@@ -424,10 +458,13 @@ def main() -> None:
     parser.add_argument("--split_seed", type=int, default=42)
     parser.add_argument("--max_completion_length", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--start", default="", help="an adapter to train from, in the hard prompt's place")
+    parser.add_argument("--rate", type=float, help="chosen before: no looks")
     parser.add_argument("--minutes", type=float, default=10, help="of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--arms", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--table", action="store_true", help="print what is there and do nothing")
+    parser.add_argument("--judge", default="", help="of the table: another judge")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.child:
@@ -442,19 +479,19 @@ def main() -> None:
             settings.model = str(save_gemma(settings.out / "tiny-gemma", positions=4096))
             settings.encoder = str(save_loud_encoder(settings.out / "tiny-electra", "electra"))
             flags = ["--num_virtual_tokens", "4", "--max_steps", "2"]
-        own = ("out", "seeds", "arms", "table", "child")
+        own = ("out", "seeds", "arms", "table", "judge", "child")
         shared = {name: str(value) for name, value in vars(settings).items() if name not in own}
         check_same(settings.out / "settings.json", shared)
-        train_reward(settings, flags)
-        given = [x for name, value in shared.items() for x in (f"--{name}", value)]
+        train_rewards(settings, flags)
+        models = ["--model", settings.model, "--encoder", settings.encoder]  # the tiny ones are made by now
         done = {(line["arm"], line["seed"]) for line in read(settings.out) if line["kind"] == "report"}
         for seed in settings.seeds:
             for arm in settings.arms:
                 if (arm, seed) not in done and not (arm == "lora-dpo" and seed != settings.seeds[0]):
                     print(f"{arm}, seed {seed}", flush=True)
                     child = ["--out", str(settings.out), "--child", arm, str(seed)]
-                    subprocess.run([sys.executable, __file__, *given, *child], check=True, stdout=sys.stderr)
-    print(table(settings.out))
+                    subprocess.run([*sys.orig_argv, *models, *child], check=True, stdout=sys.stderr)
+    print(table(settings.out, settings.judge))
 
 
 if __name__ == "__main__":

@@ -226,25 +226,31 @@ def _is_async(function: RewardFunction) -> bool:
 
 
 def open_scorers(
-    reward_adapter: str | None = None, judge_adapter: str | None = None, reward_function: str | None = None
+    reward_adapter: str | list[str] | None = None, judge_adapter: str | None = None, reward_function: str | None = None
 ) -> dict[str, RewardFunctions]:
-    """The `reward` and the `judge` that are given, without their weights.
+    """The `reward` and the `judge` that are given.
 
     Args:
-        reward_adapter: of the reward.
+        reward_adapter: of the reward; of several the reward is their mean.
         judge_adapter: of a model that the policy was not trained on.
         reward_function: in place of a reward adapter, a dotted path.
 
     Raises:
         InputError: one is not what it should be, or the judge is the reward.
     """
-    given = {"reward": reward_adapter, "judge": judge_adapter}
-    scorers = {name: RewardFunctions(adapter) for name, adapter in given.items() if adapter is not None}
-    if len(scorers) == 2 and scorers["reward"].functions == scorers["judge"].functions:
-        raise InputError(
-            f"judge_adapter and reward_adapter are the same, {reward_adapter}: a judge is a model that the policy was "
-            "not trained on; train_reward.py --judge_share makes one"
-        )
+    scorers = {}
+    if reward_adapter is not None:
+        adapters = [reward_adapter] if isinstance(reward_adapter, str) else reward_adapter
+        scorers["reward"] = RewardFunctions(adapters, [1 / max(len(adapters), 1)] * len(adapters))
+        if len(set(scorers["reward"].functions)) < len(adapters):
+            raise InputError(f"reward_adapter names an adapter twice: {', '.join(adapters)}")
+    if judge_adapter is not None:
+        scorers["judge"] = RewardFunctions(judge_adapter)
+        if "reward" in scorers and scorers["judge"].functions[0] in scorers["reward"].functions:
+            raise InputError(
+                f"judge_adapter and reward_adapter are the same, {judge_adapter}: a judge is a model that the policy "
+                "was not trained on; train_reward.py --judge_share makes one"
+            )
     if reward_function is not None:
         scorers = {"reward": RewardFunctions(load_reward_function(reward_function)), **scorers}
     return scorers

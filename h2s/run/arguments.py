@@ -122,7 +122,9 @@ class PolicyModelArguments(HardPromptArguments):
     """A hard prompt, or a prefix adapter made before; and the reward."""
 
     prefix_adapter: str | None = _setting("A prefix adapter to go on from; the reference stays its hard prompt.")
-    reward_adapter: str | None = _setting("A reward adapter made by train_reward.py.")
+    reward_adapter: list[str] | None | str = _setting(
+        "A reward adapter made by train_reward.py; of several their mean, or the sum that reward_weights give."
+    )
     reward_function: str | None = _setting(
         "In its place: a Python callable of TRL's signature, package.module.function."
     )
@@ -161,7 +163,9 @@ class AdapterArguments(Section):
 class CompareModelArguments(AdapterArguments):
     """A trained policy, and a reward model to score it."""
 
-    reward_adapter: str | None = _setting("A reward adapter that scores both sides; none: no scores.")
+    reward_adapter: list[str] | None | str = _setting(
+        "A reward adapter that scores both sides; of several their mean; none: no scores."
+    )
     judge_adapter: str | None = _setting("A second one, that the policy was not trained on.")
 
 

@@ -338,10 +338,29 @@ def test_scorers_by_name(reward_adapter, policy_adapter, bert_folder, tmp_path):
         ("judge", "judge"),
     ]
     for same in (str(reward_adapter), f"{reward_adapter}/../{reward_adapter.name}/"):
-        with pytest.raises(InputError, match="judge_adapter and reward_adapter are the same"):
-            open_scorers(str(reward_adapter), same)
+        for rewards in (str(reward_adapter), [str(tmp_path / "judge"), str(reward_adapter)]):
+            with pytest.raises(InputError, match="judge_adapter and reward_adapter are the same"):
+                open_scorers(rewards, same)
+        with pytest.raises(InputError, match="reward_adapter names an adapter twice"):
+            open_scorers([str(reward_adapter), same])
+    with pytest.raises(InputError, match="at least one reward, got an empty list"):
+        open_scorers([])
     with pytest.raises(InputError, match="is not a reward adapter"):
         open_scorers(str(reward_adapter), str(policy_adapter))
+
+
+def test_several_reward_adapters_are_their_mean(loud_bert, tmp_path):
+    folders = [str(tmp_path / name) for name in ("one", "two", "three")]
+    alone = []
+    for seed, folder in enumerate(folders):
+        model = build_reward_model(loud_bert, seed=seed)
+        alone.append(model.score(PROMPTS, REPLIES).tolist())
+        model.save_pretrained(folder)
+    reward = open_scorers(folders)["reward"]
+    assert reward.names == ["one", "two", "three"]
+    total = reward.total(reward(PROMPTS, REPLIES)).tolist()
+    assert total == pytest.approx([sum(scores) / 3 for scores in zip(*alone, strict=True)], rel=1e-5)
+    assert len({round(score, 4) for scores in alone for score in scores}) == 6
 
 
 def test_what_rewards_have_seen(bert_folder, tmp_path):

@@ -79,7 +79,7 @@ def main(run, argv: list[str] | None = None) -> None:
     logger.info("%s", measured)
     if "judge" in scorers:
         logger.info("(the reward is the one that was trained on: it shows movement, not what people like)")
-    for name, scorer in scorers.items():
+    for name, scorer in trainer.scorers.items():
         if cuts := scorer.cuts():
             logger.info("the %s cut %d contexts, %d responses", name, cuts["context"], cuts["response"])
     logger.info("side by side, and how far each layer moved: %s", write_what_changed(table, moved, names, folder))

@@ -8,9 +8,14 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import ROOT, sample_context
 
+from h2s import RewardModel
+
 SCRIPT = ROOT / "tests" / "benchmarks" / "rivals.py"
+ADAPTER = "adapter_model.safetensors"
 ARMS = ["ppo", "ppo-4", "dpo", "rloo", "best-of-4", "lora-dpo"]
 
 
@@ -21,8 +26,8 @@ def start(tmp_path_factory):
     contexts = folder / "contexts.json"
     contexts.write_text(json.dumps([{"context": sample_context(i)} for i in range(36)]))
 
-    def run(*flags, minutes=0):
-        command = [sys.executable, str(SCRIPT), "--out", str(folder / "out"), "--model", "tiny"]
+    def run(*flags, minutes=0, out=folder / "out"):
+        command = [sys.executable, str(SCRIPT), "--out", str(out), "--model", "tiny"]
         command += ["--contexts", str(contexts), "--max_completion_length", "6", "--minutes", str(minutes)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         return subprocess.run(
@@ -91,3 +96,27 @@ def test_a_run_that_was_stopped_goes_on(whole, start):
     refused = start(minutes=1)
     assert refused.returncode == 1 and "minutes '0.0', now '1.0': take another --out" in refused.stderr
     assert start("--table").stdout.count("| dpo |") == 2
+
+
+@pytest.mark.faults
+def test_another_reward_from_an_adapter_by_another_judge(whole, start, tmp_path):
+    began = next((start.out / "dpo-1").glob("0*"))
+    flags = ["--members", "2", "--minus_spread", "--rate", "1e-3", "--start", str(began), "--arms", "ppo"]
+    done = start(*flags, out=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (report,) = lines_of(tmp_path / "ppo-1")
+    assert (report["kind"], report["rate"], report["steps"]) == ("report", 1e-3, 1)
+    ends = [load_file(folder / ADAPTER)["prompt_embeddings"] for folder in (began, tmp_path / "ppo-1" / "0.001")]
+    assert 0 < (ends[1] - ends[0]).abs().max() < 0.01  # four updates of at most 1e-3 away
+    replies = pd.read_parquet(tmp_path / "ppo-1" / "replies.parquet")
+    members = [RewardModel.from_pretrained(tmp_path / name) for name in ("reward", "reward-1")]
+    scores = {
+        side: torch.stack([m.score(list(replies["prompt"]), list(replies[side])) for m in members])
+        for side in ("soft", "hard")
+    }
+    expected = (scores["soft"].mean(0) - scores["soft"].std(0)).tolist()
+    assert replies["soft_reward"].tolist() == pytest.approx(expected, abs=1e-5)
+    printed = start("--table", "--judge", str(tmp_path / "reward-1"), out=tmp_path).stdout
+    row = next(line for line in printed.splitlines() if line.startswith("| ppo |"))
+    assert row.split(" | ")[3].startswith(f"{(scores['soft'][1] - scores['hard'][1]).mean().item():+.3f} [")
+    assert "--rate and --start are for --arms ppo" in start("--rate", "1e-3", out=tmp_path).stderr

@@ -123,7 +123,8 @@ class SingleStepPPOConfig(TrainingArguments):
 
     # Parameters that control the reward
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "A weight for each of several rewards; 1 each by default."}
+        default=None,
+        metadata={"help": "A weight for each of several rewards; 1 each by default, in train_policy.py their mean."},
     )
     scale_rewards: bool = field(
         default=True,

@@ -241,9 +241,9 @@ def open_scorers(
     scorers = {}
     if reward_adapter is not None:
         adapters = [reward_adapter] if isinstance(reward_adapter, str) else reward_adapter
-        scorers["reward"] = RewardFunctions(adapters, [1 / max(len(adapters), 1)] * len(adapters))
-        if len(set(scorers["reward"].functions)) < len(adapters):
-            raise InputError(f"reward_adapter names an adapter twice: {', '.join(adapters)}")
+        scorers["reward"] = RewardFunctions(adapters, [1 / len(adapters) for _ in adapters])
+        if len(set(scorers["reward"].names)) < len(adapters):  # the log and the completions know them by these
+            raise InputError(f"reward_adapter has two of one name, rename a folder: {', '.join(adapters)}")
     if judge_adapter is not None:
         scorers["judge"] = RewardFunctions(judge_adapter)
         if "reward" in scorers and scorers["judge"].functions[0] in scorers["reward"].functions:

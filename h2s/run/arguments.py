@@ -123,7 +123,7 @@ class PolicyModelArguments(HardPromptArguments):
 
     prefix_adapter: str | None = _setting("A prefix adapter to go on from; the reference stays its hard prompt.")
     reward_adapter: list[str] | None | str = _setting(
-        "A reward adapter made by train_reward.py; of several their mean, or the sum that reward_weights give."
+        "A reward adapter made by train_reward.py; of several (a b) their mean, or the sum that reward_weights give."
     )
     reward_function: str | None = _setting(
         "In its place: a Python callable of TRL's signature, package.module.function."

@@ -109,7 +109,9 @@ def convert(file: Path, folder: Path) -> None:
     )
     torch.manual_seed(0)
     model = BertModel(config)
-    model.load_state_dict(model.state_dict() | state)  # strict: nothing else is in the file, nothing of it is left out
+    absent, unknown = model.load_state_dict(state, strict=False)
+    if {name.split(".")[0] for name in absent} != {"pooler"} or unknown or len(reader.tensors) != len(state):
+        raise SystemExit(f"{file} is not whole: {absent} are not in it, {unknown} are not the model's")
     model.save_pretrained(folder)
     vocabulary = {}
     for i, (start, end) in enumerate(pairwise(ends)):

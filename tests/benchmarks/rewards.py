@@ -67,6 +67,7 @@ def trained(encoder: str, train, validation, folder: Path, seed: int, virtual: i
             output_dir=str(folder),
             seed=seed,
             eval_strategy="epoch",
+            bf16=False,  # the same numbers on a card
             report_to="none",
             disable_tqdm=True,
             max_steps=max_steps,

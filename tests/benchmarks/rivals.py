@@ -10,7 +10,7 @@ PPO by other rewards, from other prefixes:
     python tests/benchmarks/rivals.py --out outputs/e5 --encoder outputs/e5-small --members 5 --arms ppo --rate 3e-3
     python tests/benchmarks/rivals.py --out outputs/more --start outputs/rivals/dpo-1/0.01 --arms ppo --rate 3e-3
 
-The arms, all from the hard prompt and compared with it:
+The arms, all from the hard prompt (but for `--start`) and compared with it:
 
 - ppo: h2s's SingleStepPPOTrainer on the prefix, by the reward: a reply each to sixteen contexts.
 - ppo-4: the same, four replies to four contexts (`num_generations`).
@@ -194,14 +194,16 @@ class Bench:
     # ---- the trainers ----
 
     def train_at(self, rate: float) -> dict[str, float]:
-        """Train from the hard prompt, write the adapter; steps, minutes and the process's peak memory so far."""
+        """Train, write the adapter; steps, minutes and the process's peak memory so far."""
         adapter = self.adapter(rate)
         shutil.rmtree(adapter, ignore_errors=True)
         torch.manual_seed(self.seed)
         make = {"dpo": self._dpo, "rloo": self._rloo, "lora-dpo": self._lora_dpo}.get(self.arm, self._ppo)
-        policy = None if self.arm == "lora-dpo" else self.hard_prompt()
+        policy = None
         if self.settings.start:
             policy = PrefixTuningPolicyModel.from_pretrained(self.settings.start, dtype="float32")
+        elif self.arm != "lora-dpo":
+            policy = self.hard_prompt()
         common = {"learning_rate": rate, "seed": self.seed, "output_dir": str(self.folder / "run")}
         clock = Clock(self.settings.minutes)
         trainer = make(policy, common, clock)
@@ -314,20 +316,20 @@ class Bench:
         looks = {x["rate"]: x for x in read(self.settings.out) if (x["kind"], x["arm"]) == ("look", self.arm)}
         for rate in () if self.settings.rate else RATES[self.arm]:
             if rate not in looks:
-                trained = self.train_at(rate)
+                training = self.train_at(rate)
                 table = self.compare(self.adapter(rate), self.selecting, {"judge": self.scorers["judge"]})
                 seen = {name: value for name, value in summarise(table, "judge").items() if name in LOOKED_AT}
-                looks[rate] = self.keep("look", **trained, selecting=len(table), **seen)
+                looks[rate] = self.keep("look", **training, selecting=len(table), **seen)
         best = max(looks.values(), key=lambda line: line["judge_difference"]) if looks else {}
         rate = self.settings.rate or best.get("rate")
         if rate and best.get("seed") != self.seed:
             best = self.train_at(rate)
         table = self.compare(self.adapter(best["rate"]) if best else None, self.reported, self.scorers)
         table.to_parquet(self.folder / "replies.parquet")
-        trained = {name: best.get(name) for name in ("rate", "steps", "minutes")}
+        training = {name: best.get(name) for name in ("rate", "steps", "minutes")}
         # A process's peak never falls: that of the first look is of one training alone.
         memory = min((x["memory"] for x in looks.values()), default=best.get("memory"))
-        self.keep("report", **trained, memory=memory, contexts=len(table))
+        self.keep("report", **training, memory=memory, contexts=len(table))
 
     def adapter(self, rate: float) -> Path:
         """Where this seed's result at that rate lies."""
@@ -367,6 +369,8 @@ def table(out: Path, judge: str = "") -> str:
     judged: dict[str, dict[int, pd.DataFrame]] = {}
     for line in (x for x in read(out) if x["kind"] == "report"):
         replies = pd.read_parquet(out / f"{line['arm']}-{line['seed']}" / "replies.parquet")
+        if other and other.seen & set(replies["conversation"]):
+            raise SystemExit(f"{judge} has seen conversations that are reported here")
         for side in ("soft", "hard") if other else ():
             replies[f"{side}_judge"] = other.total(other(list(replies["prompt"]), list(replies[side])))
         judged.setdefault(line["arm"], {})[line["seed"]] = replies
@@ -439,7 +443,10 @@ def train_rewards(settings: argparse.Namespace, flags: list[str]) -> None:
         parts = split_for_models(pairs, data.split_seed, data.test_size, JUDGE_SHARE)["reward"]
     for seed, folder in enumerate(others, start=1):
         if not (folder / "README.md").is_file():
-            trained(source, parts["train"], parts["validation"], folder / "run", seed).save_pretrained(folder)
+            run = folder / "run"
+            shutil.rmtree(run, ignore_errors=True)
+            trained(source, parts["train"], parts["validation"], run, seed).save_pretrained(folder)
+            shutil.rmtree(run)
 
 
 def main() -> None:
@@ -467,6 +474,10 @@ def main() -> None:
     parser.add_argument("--judge", default="", help="of the table: another judge")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     settings = parser.parse_args()
+    if (settings.rate or settings.start) and not set(settings.arms) <= {"ppo", "ppo-4"}:
+        parser.error("--rate and --start are for --arms ppo ppo-4")
+    if settings.minus_spread and settings.members < 2:
+        parser.error("--minus_spread needs --members 2 or more")
     if settings.child:
         return Bench(settings, settings.child[0], int(settings.child[1])).run()
     if not settings.table:
@@ -492,6 +503,8 @@ def main() -> None:
                     child = ["--out", str(settings.out), "--child", arm, str(seed)]
                     subprocess.run([*sys.orig_argv, *models, *child], check=True, stdout=sys.stderr)
     print(table(settings.out, settings.judge))
+    if settings.judge:
+        print(f"\nThe judge is {settings.judge}.")
 
 
 if __name__ == "__main__":

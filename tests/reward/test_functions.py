@@ -341,7 +341,7 @@ def test_scorers_by_name(reward_adapter, policy_adapter, bert_folder, tmp_path):
         for rewards in (str(reward_adapter), [str(tmp_path / "judge"), str(reward_adapter)]):
             with pytest.raises(InputError, match="judge_adapter and reward_adapter are the same"):
                 open_scorers(rewards, same)
-        with pytest.raises(InputError, match="reward_adapter names an adapter twice"):
+        with pytest.raises(InputError, match="reward_adapter has two of one name, rename a folder"):
             open_scorers([str(reward_adapter), same])
     with pytest.raises(InputError, match="at least one reward, got an empty list"):
         open_scorers([])

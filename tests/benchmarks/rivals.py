@@ -77,6 +77,7 @@ RATES = {
 REPLIES = 16  # of an iteration: contexts of ppo, four replies to four contexts of ppo-4 and rloo
 EVALUATION_BATCH = 16
 JUDGE_SHARE, VIRTUAL_TOKENS = 0.5, 20
+MEANS = {"steps": 0, "minutes": 1, "memory": 2}  # of a report, and their digits
 # Of a look: the first chooses the rate, the others say what it cost.
 LOOKED_AT = ("judge_difference", "judge_same_length", "kl", "soft_tokens", "soft_unfinished")
 # Of TRL's trainers on a prefix: gradient checkpointing crashes with one, weight decay pulls it to zero keys.
@@ -355,7 +356,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def table(out: Path, judge: str = "") -> str:
-    """The reports as Markdown, and the first arm minus each other by the judge, over all seeds of both.
+    """The reports as Markdown, an arm's seeds together too, and the first arm minus each other by the judge.
 
     `judge` is another one, in the place of theirs.
     """
@@ -367,38 +368,20 @@ def table(out: Path, judge: str = "") -> str:
         "|---" * 13 + "|",
     ]
     judged: dict[str, dict[int, pd.DataFrame]] = {}
-    for line in (x for x in read(out) if x["kind"] == "report"):
+    reports = [x for x in read(out) if x["kind"] == "report"]
+    for line in reports:
         replies = pd.read_parquet(out / f"{line['arm']}-{line['seed']}" / "replies.parquet")
         if other and other.seen & set(replies["conversation"]):
             raise SystemExit(f"{judge} has seen conversations that are reported here")
         for side in ("soft", "hard") if other else ():
             replies[f"{side}_judge"] = other.total(other(list(replies["prompt"]), list(replies[side])))
         judged.setdefault(line["arm"], {})[line["seed"]] = replies
-        judge, groups = replies["soft_judge"] - replies["hard_judge"], replies["conversation"]
-        ended = replies["soft_finished"] & replies["hard_finished"]
-        numbers = summarise(replies, "judge")
-        equal = "{:+.3f} [{:+.3f}, {:+.3f}]".format(
-            *(numbers[f"judge_same_length{end}"] for end in ("", "_low", "_high"))
-        )
-        both = f"{difference_text(judge[ended], groups[ended])}, {ended.sum()}" if ended.any() else "none"
-        at_most = "at most " if line["arm"] == "best-of-4" else ""
-        cells = [
-            line["arm"],
-            line["seed"],
-            "-" if line["rate"] is None else f"{line['rate']:g}",
-            difference_text(judge, groups),
-            equal,
-            f"{both} of {len(replies)}",
-            difference_text(replies["soft_reward"] - replies["hard_reward"], groups),
-            f"{at_most}{numbers['kl']:.2f}",
-            f"{numbers['soft_tokens']:.1f} / {numbers['hard_tokens']:.1f}",
-            f"{numbers['soft_unfinished']:.2f} / {numbers['hard_unfinished']:.2f}",
-            *(
-                "-" if line[name] is None else f"{line[name]:.{digits}f}"
-                for name, digits in (("steps", 0), ("minutes", 1), ("memory", 2))
-            ),
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for arm, by_seed in judged.items():
+        of_arm = [x for x in reports if x["arm"] == arm]
+        lines += [row(line, by_seed[line["seed"]]) for line in of_arm]
+        if len(of_arm) > 1:
+            means = {name: np.mean([x[name] for x in of_arm]) if of_arm[0][name] else None for name in MEANS}
+            lines.append(row(of_arm[0] | means | {"seed": "all"}, pd.concat(by_seed, ignore_index=True)))
     for arm in [arm for arm in judged if arm != "ppo" and "ppo" in judged]:
         seeds = sorted(judged["ppo"].keys() & judged[arm].keys())
         if seeds:
@@ -406,6 +389,29 @@ def table(out: Path, judge: str = "") -> str:
             text = difference_text(np.mean(gains, axis=0).tolist(), judged["ppo"][seeds[0]]["conversation"].tolist())
             lines.append(f"\nppo minus {arm} by the judge: {text}, seeds {', '.join(map(str, seeds))}.")
     return "\n".join(lines)
+
+
+def row(line: dict[str, Any], replies: pd.DataFrame) -> str:
+    """A report's row; of several seeds together an interval takes a context's replies as one cluster."""
+    judge, groups = replies["soft_judge"] - replies["hard_judge"], replies["conversation"]
+    ended = replies["soft_finished"] & replies["hard_finished"]
+    numbers = summarise(replies, "judge")
+    both = f"{difference_text(judge[ended], groups[ended])}, {ended.sum()}" if ended.any() else "none"
+    at_most = "at most " if line["arm"] == "best-of-4" else ""
+    cells = [
+        line["arm"],
+        line["seed"],
+        "-" if line["rate"] is None else f"{line['rate']:g}",
+        difference_text(judge, groups),
+        "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(numbers[f"judge_same_length{end}"] for end in ("", "_low", "_high"))),
+        f"{both} of {len(replies)}",
+        difference_text(replies["soft_reward"] - replies["hard_reward"], groups),
+        f"{at_most}{numbers['kl']:.2f}",
+        f"{numbers['soft_tokens']:.1f} / {numbers['hard_tokens']:.1f}",
+        f"{numbers['soft_unfinished']:.2f} / {numbers['hard_unfinished']:.2f}",
+        *("-" if line[name] is None else f"{line[name]:.{digits}f}" for name, digits in MEANS.items()),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 # ---- the whole ----

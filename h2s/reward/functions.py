@@ -60,7 +60,8 @@ class RewardFunctions:
 
     Attributes:
         functions: what was given.
-        names: as TRL makes them: a function's name, a callable's class, an adapter's folder.
+        names: as TRL makes them: a function's name, a callable's class, an adapter's folder; numbered where some are
+            alike, since the log and the completions know rewards by them.
         weights: (F,).
 
     Raises:
@@ -81,7 +82,10 @@ class RewardFunctions:
         if weights is not None and len(weights) != len(given):
             raise InputError(f"reward_weights must hold one weight a reward, got {len(weights)} for {len(given)}")
         self.functions: list[Any] = [_checked(reward) for reward in given]
-        self.names = [_name(function) for function in self.functions]
+        names = [_name(function) for function in self.functions]
+        self.names = [
+            f"{name}_{names[:i].count(name) + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)
+        ]
         self.weights: torch.Tensor = torch.tensor(
             [1.0] * len(given) if weights is None else weights, dtype=torch.float32
         )
@@ -242,8 +246,8 @@ def open_scorers(
     if reward_adapter is not None:
         adapters = [reward_adapter] if isinstance(reward_adapter, str) else reward_adapter
         scorers["reward"] = RewardFunctions(adapters, [1 / len(adapters) for _ in adapters])
-        if len(set(scorers["reward"].names)) < len(adapters):  # the log and the completions know them by these
-            raise InputError(f"reward_adapter has two of one name, rename a folder: {', '.join(adapters)}")
+        if len(set(scorers["reward"].functions)) < len(adapters):
+            raise InputError(f"reward_adapter names an adapter twice: {', '.join(adapters)}")
     if judge_adapter is not None:
         scorers["judge"] = RewardFunctions(judge_adapter)
         if "reward" in scorers and scorers["judge"].functions[0] in scorers["reward"].functions:

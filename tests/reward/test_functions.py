@@ -200,7 +200,7 @@ def test_weighted_sum_by_hand(weights, values, total):
 # What a reward may be
 
 
-def test_names_are_trls(reward_adapter, bert_folder):
+def test_names_are_trls_and_numbered_where_alike(reward_adapter, bert_folder):
     """And all kinds stand side by side, each in its column."""
     model = build_reward_model(bert_folder)
     given = [
@@ -219,8 +219,8 @@ def test_names_are_trls(reward_adapter, bert_folder):
     ]
     rewards = RewardFunctions(given)
     assert rewards.names == [
-        *("length", "length", "Scale", "Scale", "length_later", "length_later", "ScaleLater"),
-        *("reward", "reward", "reward_model", "think_format_reward", "soft_overlong_punishment_reward"),
+        *("length_1", "length_2", "Scale_1", "Scale_2", "length_later_1", "length_later_2", "ScaleLater"),
+        *("reward_1", "reward_2", "reward_model", "think_format_reward", "soft_overlong_punishment_reward"),
     ]
     assert rewards.weights.tolist() == [1.0] * len(given)
     replies = ["<think>\nof it\n</think>\nSo.", "So."]
@@ -341,7 +341,7 @@ def test_scorers_by_name(reward_adapter, policy_adapter, bert_folder, tmp_path):
         for rewards in (str(reward_adapter), [str(tmp_path / "judge"), str(reward_adapter)]):
             with pytest.raises(InputError, match="judge_adapter and reward_adapter are the same"):
                 open_scorers(rewards, same)
-        with pytest.raises(InputError, match="reward_adapter has two of one name, rename a folder"):
+        with pytest.raises(InputError, match="reward_adapter names an adapter twice"):
             open_scorers([str(reward_adapter), same])
     with pytest.raises(InputError, match="at least one reward, got an empty list"):
         open_scorers([])
@@ -350,14 +350,14 @@ def test_scorers_by_name(reward_adapter, policy_adapter, bert_folder, tmp_path):
 
 
 def test_several_reward_adapters_are_their_mean(loud_bert, tmp_path):
-    folders = [str(tmp_path / name) for name in ("one", "two", "three")]
+    folders = [str(tmp_path / name) for name in ("ann/likes", "ben/likes", "likes-too")]
     alone = []
     for seed, folder in enumerate(folders):
         model = build_reward_model(loud_bert, seed=seed)
         alone.append(model.score(PROMPTS, REPLIES).tolist())
         model.save_pretrained(folder)
     reward = open_scorers(folders)["reward"]
-    assert reward.names == ["one", "two", "three"]
+    assert reward.names == ["likes_1", "likes_2", "likes-too"]  # a column each in the log
     total = reward.total(reward(PROMPTS, REPLIES)).tolist()
     assert total == pytest.approx([sum(scores) / 3 for scores in zip(*alone, strict=True)], rel=1e-5)
     assert len({round(score, 4) for scores in alone for score in scores}) == 6

@@ -55,14 +55,14 @@ def test_loading_a_checkpoint_restores_prefix_and_value_head(build):
     assert not torch.equal(hard, prefix_of(fresh))
 
 
-@pytest.mark.parametrize("evaluations", [{}, EVERY_STEP])
-def test_a_resumed_run_ends_in_the_same_bytes(build, evaluations):
+@pytest.mark.parametrize("settings", [{}, EVERY_STEP, {"num_generations": 2}])
+def test_a_resumed_run_ends_in_the_same_bytes(build, settings):
     """As one that was ended after step 2: its checkpoint, and the best adapter of then at its root."""
-    ended = build(folder="again", **RUN | {"max_steps": 2}, **evaluations)
+    ended = build(folder="again", **RUN | {"max_steps": 2}, **settings)
     ended.train()
-    whole = build(folder="whole", **RUN, **evaluations)
+    whole = build(folder="whole", **RUN, **settings)
     whole.train()
-    again = build(folder="again", **RUN, **evaluations)
+    again = build(folder="again", **RUN, **settings)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
     assert_same(again, whole)

@@ -53,6 +53,16 @@ def test_ways_by_hand(tmp_path):
     assert cells[1].startswith("0.600 [") and cells[2].startswith("-0.200 [") and cells[3].startswith("0.500 [")
     loss = np.mean([math.log1p(math.exp(-m)) for m in (1, -1, 2, 1, -1)])
     assert cells[4:] == ["0.80", f"{loss:.3f} |"]
+    # Right are, a tie as half: length 4 of 5, the models 3 each, their mean 3.5, less its spread 2; there all 5.
+    other = tmp_path / "other"
+    keep(other, "member-1", [(1, 0, 100), (1, 0, -50), (1, 0, 200), (1, 0, 10), (1, 0, 20)], slope=0)
+    paired = [line.split(" [")[0] for line in rewards.table(tmp_path, other).splitlines() if line.startswith("- ")]
+    assert paired == [
+        "- one model on average minus the longer wins: -0.200",
+        "- mean of 2 minus one model on average: +0.100",
+        "- mean minus spread of 2 minus mean of 2: -0.300",
+        f"- one model on average, here minus {other}: -0.400",
+    ]
 
 
 def test_the_slope_of_labels_is_the_likeliest():

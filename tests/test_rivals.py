@@ -103,12 +103,14 @@ def test_a_run_that_was_stopped_goes_on(whole, start):
 def test_another_reward_from_an_adapter_by_another_judge(whole, start, tmp_path):
     began = next((start.out / "dpo-1").glob("0*"))
     flags = ["--members", "2", "--minus_spread", "--rate", "1e-3", "--start", str(began), "--arms", "ppo"]
+    flags += ["--num_mini_batches", "1"]
     done = start(*flags, out=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (report,) = lines_of(tmp_path / "ppo-1")
     assert (report["kind"], report["rate"], report["steps"]) == ("report", 1e-3, 1)
     ends = [load_file(folder / ADAPTER)["prompt_embeddings"] for folder in (began, tmp_path / "ppo-1" / "0.001")]
-    assert 0 < (ends[1] - ends[0]).abs().max() < 0.01  # four updates of at most 1e-3 away
+    # One update: Adam's first is as large as the rate (a little less, by its epsilon).
+    assert (ends[1] - ends[0]).abs().max().item() == pytest.approx(1e-3, rel=0.05)
     replies = pd.read_parquet(tmp_path / "ppo-1" / "replies.parquet")
     members = [RewardModel.from_pretrained(tmp_path / name) for name in ("reward", "reward-1")]
     scores = {

@@ -393,7 +393,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def check_same(file: Path, shared: dict[str, str]) -> None:
     """What is there was made with the same settings, but for arms and seeds: else one table would hold both."""
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else shared
-    other = [f"{name} {before[name]!r}, now {shared[name]!r}" for name in shared if before[name] != shared[name]]
+    other = [f"{name} {before.get(name)!r}, now {now!r}" for name, now in shared.items() if before.get(name) != now]
     if other:
         raise SystemExit(f"{file.parent} holds results of other settings: {'; '.join(other)}: take another --out")
     file.write_text(json.dumps(shared, indent=1), encoding="utf-8")

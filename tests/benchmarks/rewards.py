@@ -2,7 +2,7 @@
 
     python tests/benchmarks/rewards.py --out outputs/rewards --sheet human_eval.xlsx --members 1 2 3 4 5
     python tests/benchmarks/rewards.py --out outputs/rewards --sheet human_eval.xlsx --members 1 --offset
-    python tests/benchmarks/rewards.py --out outputs/rewards --table
+    python tests/benchmarks/rewards.py --out outputs/rewards --table --beside outputs/rewards-of-another-encoder
 
 Five folds by conversation: every pair is scored by models that never saw its conversation. The settings are those of
 `RewardModelConfig`, chosen before; within a fold's other conversations some select the epoch. So no pair that is
@@ -139,8 +139,8 @@ def margins(out: Path) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     return first, ways
 
 
-def table(out: Path) -> str:
-    """Markdown: a row a way."""
+def table(out: Path, beside: Path | None = None) -> str:
+    """Markdown: a row a way, then paired differences; with `beside` those to the same ways there."""
     pairs, ways = margins(out)
     conversations, longer = pairs["conversation"].to_numpy(), right(pairs["length_difference"]).to_numpy()
     near = (pairs["length_difference"].abs() < NEAR).to_numpy()
@@ -162,7 +162,26 @@ def table(out: Path) -> str:
             "-" if of_length else f"{log_loss(pairs.assign(margin=margin)):.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    here, there = rights(ways), {}
+    if beside is not None:
+        others, ways_there = margins(beside)
+        if others[["conversation", "row"]].values.tolist() != pairs[["conversation", "row"]].values.tolist():
+            raise SystemExit(f"{beside} holds other pairs than {out}")
+        there = rights(ways_there)
+    names = list(here)
+    compared = [(f"{a} minus {b}", here[a] - here[b]) for a, b in zip(names[1:], names, strict=False)]
+    compared += [(f"{a}, here minus {beside}", here[a] - there[a]) for a in names[1:] if a in there]
+    return "\n".join([*lines, "", *(f"- {name}: {difference_text(d, conversations)}" for name, d in compared)])
+
+
+def rights(ways: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Whether a pair is right, (N,), by length, by one model on average over the seeds, and by the ensembles."""
+    hits = {name: right(margin).to_numpy() for name, margin in ways.items()}
+    alone = [of for name, of in hits.items() if name.startswith("one model")]
+    groups = {"the longer wins": hits["the longer wins"]}
+    if alone:
+        groups["one model on average"] = np.mean(alone, axis=0)
+    return groups | {name: of for name, of in hits.items() if name.startswith("mean ")}
 
 
 def main() -> None:
@@ -175,6 +194,7 @@ def main() -> None:
     parser.add_argument("--offset", action="store_true", help="length in the loss")
     parser.add_argument("--max_steps", type=int, default=-1, help="for a look at whether it runs")
     parser.add_argument("--table", action="store_true", help="print what is there and do nothing")
+    parser.add_argument("--beside", type=Path, help="of the table: the folder of another encoder, to compare with")
     settings = parser.parse_args()
     if not settings.table:
         settings.out.mkdir(parents=True, exist_ok=True)
@@ -185,7 +205,7 @@ def main() -> None:
         for seed in settings.members:
             for number, parts in enumerate(folds_by_conversation(pairs, FOLDS, SPLIT_SEED), start=1):
                 member(settings, seed, number, parts)
-    print(table(settings.out))
+    print(table(settings.out, settings.beside))
 
 
 if __name__ == "__main__":

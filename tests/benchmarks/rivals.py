@@ -233,6 +233,7 @@ class Bench:
             max_steps=TRL_SETTINGS["max_steps"],
             per_device_train_batch_size=REPLIES // replies,
             num_generations=replies,
+            num_mini_batches=self.settings.num_mini_batches,
             value_warmup_batches=2 * replies,
             max_completion_length=self.sampling.max_completion_length,
             temperature=self.sampling.temperature,
@@ -473,6 +474,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--start", default="", help="an adapter to train from, in the hard prompt's place")
     parser.add_argument("--rate", type=float, help="chosen before: no looks")
+    parser.add_argument("--num_mini_batches", type=int, default=SingleStepPPOConfig.num_mini_batches, help="of ppo")
     parser.add_argument("--minutes", type=float, default=10, help="of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--arms", nargs="+", choices=RATES, default=list(RATES))

@@ -13,7 +13,7 @@ ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "PYTHONFAULTHANDLER": "1",  # where an abort was
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", str(ROOT))]),
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH")))),
 }
 
 

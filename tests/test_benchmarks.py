@@ -7,9 +7,10 @@ import sys
 
 import growth
 import measuring
+import pandas as pd
 import pytest
 import speed
-from tiny import ROOT
+from tiny import ROOT, build_reward_model, save_gemma, save_loud_encoder
 
 
 def test_medians_spreads_and_ratios():
@@ -92,3 +93,32 @@ def test_every_arm_runs_on_the_tiny_model():
     ]:
         assert name in cells, (name, done.stdout)
     assert not re.search(r"\bnan\b", done.stdout)
+
+
+@pytest.mark.faults
+def test_settings_are_looked_at_beside_the_defaults(tmp_path):
+    for seed, role in enumerate((".", "judge")):
+        folder = save_loud_encoder(tmp_path / f"encoder-{seed}", "electra")
+        build_reward_model(folder, seed=seed).save_pretrained(tmp_path / "reward" / role)
+    grid = "--num_mini_batches 1 4 --steps 2 --eval_steps 1 --max_completion_length 4 --seeds 1 2 --jobs 2"
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "defaults.py"), "--out", str(tmp_path / "out")]
+    command += ["--model", str(save_gemma(tmp_path / "gemma")), "--reward", str(tmp_path / "reward"), *grid.split()]
+    command += ["--contexts", str(ROOT / "recipes" / "sample_data" / "contexts.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[:4] for row in rows] == [["1", "0.01", "1", "1, 2"], ["4", "0.01", "1", "1, 2"]]
+    last = {
+        (updates, seed): pd.read_parquet(tmp_path / "out" / f"{updates}-0.01-1-{seed}" / "2.parquet")
+        for updates in (1, 4)
+        for seed in (1, 2)
+    }
+    for row, updates in zip(rows, (1, 4), strict=True):
+        both = pd.concat([last[updates, 1], last[updates, 2]])
+        gained = (both["soft_judge"] - both["hard_judge"]).mean()
+        assert row[4].split(", ")[1] == f"{gained:+.3f} ({both['kl'].mean():.1f})"
+    gain = sum((last[1, seed]["soft_judge"] - last[4, seed]["soft_judge"]).mean() for seed in (1, 2)) / 2
+    assert rows[0][8].startswith(f"{gain:+.3f} [") and rows[1][8] == "-"
+    again = subprocess.run([*command, "--table"], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.endswith(again.stdout)

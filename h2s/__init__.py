@@ -1,7 +1,7 @@
 """h2s: hard prompt to soft prompt.
 
 A hand-written system prompt becomes a soft prefix that starts out exactly equal to it (PEFT prefix tuning), and then
-moves only that prefix toward what people preferred (a reward model of their judgements, single-step PPO).
+moves only that prefix toward what people preferred (a reward model of their judgements and single-step PPO, or DPO).
 """
 
 import logging
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from h2s.data.datasets import load_contexts, load_preferences
+    from h2s.dpo.config import PrefixDPOConfig
+    from h2s.dpo.trainer import PrefixDPOTrainer
     from h2s.errors import InputError
     from h2s.ppo.config import SingleStepPPOConfig
     from h2s.ppo.trainer import SingleStepPPOTrainer
@@ -23,6 +25,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gem
 
 __all__ = [
     "InputError",
+    "PrefixDPOConfig",
+    "PrefixDPOTrainer",
     "PrefixTuningPolicyModel",
     "RewardModel",
     "RewardModelConfig",
@@ -35,6 +39,8 @@ __all__ = [
 
 _HOMES = {
     "InputError": "h2s.errors",
+    "PrefixDPOConfig": "h2s.dpo.config",
+    "PrefixDPOTrainer": "h2s.dpo.trainer",
     "PrefixTuningPolicyModel": "h2s.prefix.policy_model",
     "RewardModel": "h2s.reward.model",
     "RewardModelConfig": "h2s.reward.config",

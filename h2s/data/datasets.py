@@ -85,6 +85,14 @@ def load_contexts(path: str | Sequence[str]) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+def each_context_once(pairs: Dataset) -> Dataset:
+    """The first row of each context: judgements name one as often as its replies were compared."""
+    first: dict[str, int] = {}
+    for row, prompt in enumerate(pairs["prompt"]):
+        first.setdefault(repr(prompt), row)
+    return pairs.select(first.values())
+
+
 def places_of(contexts: Dataset) -> list[str]:
     """What to call each context: `context 65` where row 65 of its file is meant, else its place, counted from 1."""
     if not {"file", "row"} <= set(contexts.column_names):

@@ -30,12 +30,15 @@ def conversations_in(*datasets: Dataset | None) -> list[str]:
     return sorted({c for dataset in datasets if dataset is not None for c in conversations_of(dataset)})
 
 
-def set_aside_seen(dataset: Dataset, seen_by: Mapping[str, Iterable[str]]) -> tuple[Dataset, str]:
+def set_aside_seen(
+    dataset: Dataset, seen_by: Mapping[str, Iterable[str]], purpose: str = "to report on"
+) -> tuple[Dataset, str]:
     """Set aside the rows whose conversations trained or selected a model: of these no report is one of unseen data.
 
     Args:
         dataset: contexts, with a `prompt`.
         seen_by: the conversation ids that each model lists, by its name.
+        purpose: what the rows are for, in words.
 
     Returns:
         The rows that are left, and how many were set aside, in words.
@@ -52,7 +55,7 @@ def set_aside_seen(dataset: Dataset, seen_by: Mapping[str, Iterable[str]]) -> tu
     )
     if not left:
         raise InputError(
-            f"nothing is left to report on: {words}; give contexts of other conversations, or the test_size and "
+            f"nothing is left {purpose}: {words}; give contexts of other conversations, or the test_size and "
             "split_seed of those models' own runs"
         )
     unknown = " Unknown: made when an adapter's h2s.json did not list them." if "unknown" in counts.values() else ""

@@ -9,14 +9,14 @@ from datasets import Dataset
 
 from h2s.ppo.contexts import check_columns
 from h2s.ppo.value_head import ValueHead
-from h2s.prefix.adapter import SOFT, load_weights
+from h2s.prefix.adapter import load_weights
 from h2s.prefix.generation import Sampling
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
+from h2s.prefix.to_train import began_as
 from h2s.report.comparison import of_hard_prompt, over_optimisation_line, over_optimised, summarise, unfair_match
 from h2s.report.soft_vs_hard import soft_vs_hard
 from h2s.reward.functions import RewardFunctions, reward_columns
 from h2s.run.checkpoints import WholeCheckpoints
-from h2s.run.resume import short_hash
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +61,7 @@ class EvaluatedPolicy(WholeCheckpoints):
             metrics["eval_over_optimised"] = float(verdict is not None)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.is_in_train and self.state.global_step > 0 and self.is_best(metrics):
-            self.save_best()
-            # Trainer's own counts it only where checkpoints are saved.
-            self.state.best_global_step = self.state.global_step
+        self.keep_if_best(metrics)
         if verdict is not None:
             self._warn(f"{over_optimisation_line(*verdict)}; the adapter of step {self.state.best_global_step} is kept")
         return metrics
@@ -75,20 +72,19 @@ class EvaluatedPolicy(WholeCheckpoints):
 
     def began_with(self) -> dict[str, Any]:
         """Also the prompt, what it is compared with, and the rewards, whose unit is measured at the beginning."""
-        args, prefix = self.args, self.policy.prefix
-        return super().began_with() | {
-            "model": Path(self.policy.model.peft_config[SOFT].base_model_name_or_path).name,  # it may have been moved
-            "hard_prompt": [message["content"] for message in prefix.opening_messages],
-            "rewards": {name: scorer.described() for name, scorer in self.scorers.items()},
-            "chat_template_kwargs": prefix.chat_template_kwargs,
-            "quantization": prefix.quantization,
-            "list of seen conversations": f"{len(prefix.seen)} ({short_hash(prefix.seen)})",
-            # What soft and hard are compared by: the best step so far could not be compared with others.
-            "eval_max_completion_length": args.compared_completion_length,
-            "temperature": args.temperature,
-            "scale_rewards": args.scale_rewards,
-            "value_warmup_batches": args.value_warmup_batches,
-        }
+        args = self.args
+        return (
+            super().began_with()
+            | began_as(self.policy)
+            | {
+                "rewards": {name: scorer.described() for name, scorer in self.scorers.items()},
+                # What soft and hard are compared by: the best step so far could not be compared with others.
+                "eval_max_completion_length": args.compared_completion_length,
+                "temperature": args.temperature,
+                "scale_rewards": args.scale_rewards,
+                "value_warmup_batches": args.value_warmup_batches,
+            }
+        )
 
     def _warn(self, line: str | None) -> None:
         if line is not None and self.is_world_process_zero():
@@ -121,14 +117,3 @@ class EvaluatedPolicy(WholeCheckpoints):
         """The counterpart of `save_model`."""
         load_weights(self.policy.model, resume_from_checkpoint)
         self.value_head.load(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """The kept adapter lies at the run's root."""
-        self._load_from_checkpoint(self.args.output_dir)
-
-    def load_kept(self) -> None:
-        """The chosen prefix, from the run's root; where nothing was evaluated the last one is kept, and saved there."""
-        if self.state.best_metric is None:
-            self.save_model()
-        else:
-            self._load_best_model()

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from h2s.data.splits import conversations_in
-from h2s.errors import InputError, RunError
+from h2s.errors import RunError
 from h2s.ppo.config import SingleStepPPOConfig
 from h2s.ppo.contexts import as_columns, check_run, encode_contexts, selection_metric
 from h2s.ppo.iteration_log import Charts, IterationLog, in_words
@@ -34,16 +34,13 @@ from h2s.ppo.value_head import ValueHead
 from h2s.prefix.adapter import soft_prefix
 from h2s.prefix.generation import Sampling
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
+from h2s.prefix.to_train import policy_to_train
 from h2s.reward.functions import RewardFunction, RewardFunctions
 from h2s.run.callbacks import ChooseAnewElsewhere, EvaluateLastStep, LogBeforeSaving
 
 logger = logging.getLogger(__name__)
 
 RATIO_TOLERANCE = 1e-3  # the same rows in the same padding are scored alike, in bfloat16 too
-NOT_PREFIX = (
-    "peft_config is not taken: a new prefix would be random, with no prompt behind it and none in its reference. Give "
-    "PrefixTuningPolicyModel.from_hard_prompt(…), which begins as the prompt, or an adapter made by it"
-)
 
 
 class SingleStepPPOTrainer(SampledPolicy):
@@ -99,20 +96,8 @@ class SingleStepPPOTrainer(SampledPolicy):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
     ):
-        if peft_config is not None:
-            raise InputError(NOT_PREFIX)
         args = copy.copy(args) if args is not None else SingleStepPPOConfig()
-        if isinstance(model, (str, Path)):
-            model = PrefixTuningPolicyModel.from_pretrained(model, device=args.device)
-        if not isinstance(model, PrefixTuningPolicyModel):
-            raise InputError(f"model must be a PrefixTuningPolicyModel or an adapter, got a {type(model).__name__}")
-        model.check_own_is_active("trained")
-        if processing_class is not None and processing_class.chat_template != model.tokenizer.chat_template:
-            raise InputError(
-                "processing_class is not the policy's tokenizer: its chat template would print what the prefix holds; "
-                "leave it out, or give policy.tokenizer"
-            )
-        self.policy = self.adapter = model
+        self.policy = self.adapter = policy_to_train(model, processing_class, peft_config, args.device)
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         self.scorers = {"reward": self.rewards}
         if judge is not None:

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from h2s.data.messages import Messages, as_messages, parse_messages
 from h2s.errors import InputError
@@ -238,10 +238,14 @@ class PrefixTuningPolicyModel(NamedPrefixes, SavedAdapter):
         largest = max((soft - expected).abs().max(), (scored[0, 1:] - expected_logps).abs().max())
         return (largest / expected.abs().max()).item()
 
+    @property
+    def config(self) -> PretrainedConfig:
+        """The base model's configuration."""
+        return self.model.get_base_model().config
+
     def encode(self, contexts: Dataset | Sequence[Messages], max_completion_length: int) -> list[list[int]]:
         """As [`OpenedPolicy.encode`]."""
-        config = self.model.get_base_model().config
-        return encode_beside(self.tokenizer, self.prefix, config, contexts, max_completion_length)
+        return encode_beside(self.tokenizer, self.prefix, self.config, contexts, max_completion_length)
 
     def complete(
         self, prompt_ids: Sequence[list[int]], sampling: Sampling, **generation_kwargs: Any

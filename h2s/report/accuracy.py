@@ -11,21 +11,22 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from matplotlib.figure import Figure
 from scipy.special import expit
 
 from h2s.data.datasets import LABELS, POLICY_BETTER, REFERENCE_BETTER, Judgements
+from h2s.data.messages import Messages
 from h2s.data.splits import Part, conversations_of
 from h2s.report.agreement import agreement_text
 from h2s.report.intervals import difference_text, few_conversations, share_interval, share_text
 from h2s.report.verdict import accuracy_verdict, calibration_verdict
-from h2s.reward.model import RewardModel
 from h2s.reward.pairs import reply_text
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,15 @@ logger = logging.getLogger(__name__)
 ACCURACY_REPORT, ACCURACY_PICTURE, PAIRS = "accuracy.md", "accuracy.png", "pairs.parquet"
 # Confidence is at least one half: the model always prefers one of the two.
 CONFIDENCE_BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+class Scores(Protocol):
+    """What says how good a reply is: a `RewardModel`, or DPO's implicit reward."""
+
+    def score(
+        self, contexts: Sequence[str | Messages], responses: Sequence[str | Messages], progress: str | None = None
+    ) -> torch.Tensor:
+        """A number a reply, shape (N,)."""
 
 
 # On the picture: what the bar is called, and the column of the pair table.
@@ -73,7 +83,7 @@ def _votes(judgements: Judgements) -> dict[Any, dict[str, int]]:
     return votes
 
 
-def pair_table(reward: RewardModel, test: Dataset) -> pd.DataFrame:
+def pair_table(reward: Scores, test: Dataset) -> pd.DataFrame:
     """Score pairs that `reward` has not seen."""
     chosen = reward.score(test["prompt"], test["chosen"], "scoring")
     rejected = reward.score(test["prompt"], test["rejected"], "scoring")
@@ -225,7 +235,7 @@ def _bars(axis, groups: dict[str, tuple[list[float], list[str]]]) -> None:
 
 
 def cross_validate(
-    train: Callable[[dict[Part, Dataset], Path], RewardModel],
+    train: Callable[[dict[Part, Dataset], Path], Scores],
     folds: Sequence[dict[Part, Dataset]],
     folder: Path,
     is_main_process: bool,
@@ -258,7 +268,7 @@ def cross_validate(
 
 
 def write_accuracy(
-    reward: RewardModel,
+    reward: Scores,
     test: Dataset,
     judgements: Judgements,
     folder: Path,

@@ -118,17 +118,23 @@ class ConvertModelArguments(HardPromptArguments):
 
 
 @dataclass
-class PolicyModelArguments(HardPromptArguments):
-    """A hard prompt, or a prefix adapter made before; and the reward."""
+class TrainedPolicyArguments(HardPromptArguments):
+    """A hard prompt, or a prefix adapter made before; and who judges what becomes of it."""
 
     prefix_adapter: str | None = _setting("A prefix adapter to go on from; the reference stays its hard prompt.")
+    judge_adapter: str | None = _setting("A reward adapter that is not trained on, made from other conversations.")
+
+
+@dataclass
+class PolicyModelArguments(TrainedPolicyArguments):
+    """And the reward."""
+
     reward_adapter: list[str] | None | str = _setting(
         "A reward adapter made by train_reward.py; of several (a b) their mean, or the sum that reward_weights give."
     )
     reward_function: str | None = _setting(
         "In its place: a Python callable of TRL's signature, package.module.function."
     )
-    judge_adapter: str | None = _setting("A second one, made from other conversations, that selects and reports.")
 
     def check_reward(self) -> None:
         """Check that one reward is named.
@@ -156,7 +162,7 @@ class RewardModelArguments(Section):
 class AdapterArguments(Section):
     """A trained policy."""
 
-    policy_adapter: str | None = _setting("A policy adapter made by convert_prompt.py or train_policy.py.")
+    policy_adapter: str | None = _setting("A policy adapter made by one of the other recipes.")
 
 
 @dataclass
@@ -192,19 +198,30 @@ class DatasetArguments(Section):
 
 
 @dataclass
-class RewardDatasetArguments(DatasetArguments):
-    """The judgements, how they are split, and what is measured on them."""
+class JudgementDatasetArguments(DatasetArguments):
+    """The judgements and how they are split."""
 
     sheet: str | None = _setting("The worksheet; the first visible one by default.")
     columns: dict | str | None = _setting("What the files call the columns: a mapping; as a flag JSON.")
     labels: dict | str | None = _setting('Which verdict means what: {"A": 0, "B": 1, "tie": 3}; as a flag JSON.')
     encoding: str | None = _setting("Of csv files; found by default.")
-    folds: int | None = _setting("Cross-validate over this many folds by conversation first (5, say).")
-    judge_share: float | None = _setting("Share of the conversations that a second model, the judge, gets (0.5, say).")
 
     def __post_init__(self):
         super().__post_init__()
         self.columns, self.labels = _mapping("columns", self.columns), _mapping("labels", self.labels)
+
+
+@dataclass
+class RewardDatasetArguments(JudgementDatasetArguments):
+    """And what is measured on them."""
+
+    folds: int | None = _setting("Cross-validate over this many folds by conversation first (5, say).")
+    judge_share: float | None = _setting("Share of the conversations that a second model, the judge, gets (0.5, say).")
+
+
+@dataclass
+class DPODatasetArguments(QuestionArguments, JudgementDatasetArguments):
+    """The judgements, how they are split, and what stands in front of their contexts."""
 
 
 @dataclass

@@ -132,8 +132,15 @@ class WholeCheckpoints(Trainer):
         return settings_to_keep(self.args) | data
 
     def load_kept(self) -> None:
-        """Bring the model to the step that is kept. Each trainer knows where that lies."""
-        raise NotImplementedError
+        """Bring the model to the step that is kept: that at the run's root, or, saved there now, the last one."""
+        if self.state.best_metric is None:
+            self.save_model()
+        else:
+            self._load_best_model()
+
+    def _load_best_model(self) -> None:
+        """The kept adapter lies at the run's root."""
+        self._load_from_checkpoint(self.args.output_dir)
 
     def _checkpoint_to_resume(self, asked: bool | str | Path) -> str | None:
         """The checkpoint to go on from, one that this run can go on from.
@@ -280,6 +287,13 @@ class WholeCheckpoints(Trainer):
         value, best = metrics[name], self.state.best_metric
         self.check_finite(f"{name} is {value}: no adapter can be chosen by it", torch.tensor(value))
         return best is None or (value > best if self.args.greater_is_better else value < best)
+
+    def keep_if_best(self, metrics: dict[str, float]) -> None:
+        """In training: save what was evaluated at the run's root, if it beats all before it. Step 0 is none of them."""
+        if self.is_in_train and self.state.global_step > 0 and self.is_best(metrics):
+            self.save_best()
+            # Trainer's own counts it only where checkpoints are saved.
+            self.state.best_global_step = self.state.global_step
 
     def save_best(self) -> None:
         """Replace what lies at the run's root, file by file: a kill leaves each of them whole."""

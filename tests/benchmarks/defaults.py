@@ -70,7 +70,7 @@ def run(settings: argparse.Namespace, folder: Path, chosen: dict[str, float], se
     parts = split_by_conversation(load_contexts(settings.contexts), settings.split_seed, settings.test_size)
     rest = concatenate_datasets([parts["train"], parts["validation"]])
     rest, _ = set_aside_seen(rest, {"judge": judge.seen})  # it would be asked about its own
-    parts = split_by_conversation(rest, settings.split_seed, LOOKED_AT)
+    parts = split_by_conversation(rest, settings.split_seed + 1, LOOKED_AT)  # the same seed would halve the same line
     args = SingleStepPPOConfig(
         output_dir=str(folder / "run"),
         seed=seed,

@@ -197,6 +197,11 @@ def write_recipe_of(tmp_path, gemma_folder, bert_folder, contexts_file, sheet_fi
                 "dataset": data,
                 "task": {**generation, "max_steps": 1},
             },
+            "train_dpo": {
+                "model": policy_model,
+                "dataset": {"path": str(sheet_file)},
+                "task": {**generation, "max_steps": 1},
+            },
             "generate": {
                 "model": {"policy_adapter": str(policy_adapter)},
                 "dataset": {"conversation": "hello"},

@@ -9,7 +9,14 @@ from tiny import RECIPES, ROOT
 PACKAGE = ROOT / "h2s"
 MODULES = sorted(f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py")
 # From the ground up; a folder may import from lower floors and from its own.
-FLOORS = [{"errors"}, {"models", "quantization", "hub", "data", "run"}, {"prefix"}, {"reward"}, {"report"}, {"ppo"}]
+FLOORS = [
+    {"errors"},
+    {"models", "quantization", "hub", "data", "run"},
+    {"prefix"},
+    {"reward"},
+    {"report"},
+    {"ppo", "dpo"},
+]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -8,6 +8,8 @@ from tiny import ROOT
 
 import h2s
 from h2s.data.datasets import load_contexts, load_preferences
+from h2s.dpo.config import PrefixDPOConfig
+from h2s.dpo.trainer import PrefixDPOTrainer
 from h2s.errors import InputError
 from h2s.ppo.config import SingleStepPPOConfig
 from h2s.ppo.trainer import SingleStepPPOTrainer
@@ -18,6 +20,8 @@ from h2s.reward.trainer import RewardModelTrainer
 
 PUBLIC = {
     "InputError": InputError,
+    "PrefixDPOConfig": PrefixDPOConfig,
+    "PrefixDPOTrainer": PrefixDPOTrainer,
     "PrefixTuningPolicyModel": PrefixTuningPolicyModel,
     "RewardModel": RewardModel,
     "RewardModelConfig": RewardModelConfig,

@@ -53,7 +53,7 @@ WINDOW = 32
 HARD_PROMPT = "You are a kind helper. Ask one short question."
 COLUMNS = ["context_messages", "policy_response", "reference_response", "human_eval"]
 GOOD_ROW = ["hello", "how was it?", "I see.", 0]
-RECIPES = ("convert_prompt", "train_reward", "train_policy", "generate", "compare")
+RECIPES = ("convert_prompt", "train_reward", "train_policy", "train_dpo", "generate", "compare")
 WORDS = ["walk", "tea", "book", "rain", "work", "cat", "song", "run", "soup", "trip", "film", "game"]
 
 

@@ -141,12 +141,10 @@ class PrefixDPOTrainer(WholeCheckpoints, DPOTrainer):
         if state.best_global_step is None:
             return f"Step {state.global_step} of {state.max_steps}, the last, is kept: none was evaluated."
         step = f"{state.best_global_step} of {state.max_steps}"
-        by = f"the loss on {len(self.eval_dataset)} held-out pairs: {state.best_metric:.4f}"
+        by = f"the loss on {len(self.eval_dataset)} pairs, {state.best_metric:.4f} (the hard prompt's: ln 2 = 0.6931)"
         if state.best_metric < HARD_PROMPT_LOSS:
-            return f"Step {step} is kept, the best one by {by} (the hard prompt's: {HARD_PROMPT_LOSS:.4f})."
-        return (
-            f"No step beat the hard prompt ({HARD_PROMPT_LOSS:.4f}) by {by}: step {step}, which came nearest, is kept."
-        )
+            return f"Step {step} is kept, the best one by {by}."
+        return f"No step beat the hard prompt by {by}: step {step}, which came nearest, is kept."
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter as `policy.save_pretrained` writes it."""

@@ -6,6 +6,10 @@ import pandas as pd
 import pytest
 from distributed.launching import ENVIRONMENT, launch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+
+from h2s import PrefixTuningPolicyModel
+from h2s.prefix.adapter import soft_prefix
 
 QUIET = ["--report_to", "none", "--disable_tqdm", "true"]
 # The number of launchers; each pair makes two processes.
@@ -62,6 +66,26 @@ def test_stage_2_as_configured(config, policy, tmp_path):
     prompts = [pd.read_parquet(file)["prompt"].map(str) for file in files]
     assert [len(p) for p in prompts] == [8, 8] == [p.nunique() for p in prompts]  # 4 on each, none on both
     AutoPeftModelForCausalLM.from_pretrained(folder)
+
+
+def test_dpo_on_two_processes_ends_where_one_does(gemma_folder, sheet_file, tmp_path):
+    command = ["recipes/train_dpo.py", "--model_name_or_path", str(gemma_folder), "--path", str(sheet_file)]
+    command += ["--hard_prompt", "You are a kind helper.", "--max_steps", "3", "--eval_steps", "3", "--save_steps", "3"]
+    command += ["--max_completion_length", "4", "--output_dir", str(tmp_path), *QUIET]
+    for processes, pairs in ((1, 4), (2, 2)):
+        flags = ["--run_name", str(processes), "--per_device_train_batch_size", str(pairs)]
+        done = launch(processes, *command, *flags, config="multi_gpu")
+        assert done.returncode == 0, done.stderr[-8000:]
+        said = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+        assert len(said) == 3  # the last step's, its evaluation, the time; once, by the first of them
+    assert of_two(tmp_path / "2")["global_step"] == 3
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors")["prompt_embeddings"] for n in "12")
+    began = PrefixTuningPolicyModel.from_hard_prompt(str(gemma_folder), "You are a kind helper.")
+    assert (one - soft_prefix(began.model)).abs().max() > 1e-2
+    assert (one - two).abs().max() < 1e-3 and (one - two).abs().mean() < 1e-6
+    tables = [pd.read_parquet(tmp_path / n / "pairs.parquet") for n in "12"]
+    assert tables[0]["margin"].tolist() == pytest.approx(tables[1]["margin"].tolist(), abs=1e-4)
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "2")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from tiny import RECIPES, ROOT
 
 LIBRARIES = ("torch", "accelerate", "peft", "bitsandbytes", "datasets", "pandas", "transformers.training_args")
-SETTINGS = ("train_policy", "train_reward")  # whose help is that of TrainingArguments too
+SETTINGS = ("train_policy", "train_reward", "train_dpo")  # whose help is that of TrainingArguments too
 # Runs a recipe once for each of the command lines, and prints what of the libraries it has imported by then.
 ONCE_EACH = f"""
 import json, runpy, sys

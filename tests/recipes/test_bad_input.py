@@ -12,11 +12,12 @@ from tiny import COLUMNS, GOOD_ROW, HARD_PROMPT, RECIPES, contexts, sample_conte
 from h2s.data.messages import conversation_id
 from h2s.models import load_tokenizer
 
-WITH_DATA = ("train_reward", "train_policy", "compare")
-WITH_PROMPT = ("convert_prompt", "train_policy")
+WITH_DATA = ("train_reward", "train_policy", "train_dpo", "compare")
+WITH_PROMPT = ("convert_prompt", "train_policy", "train_dpo")
+WITH_SHEET = ("train_reward", "train_dpo")
 WITH_CONTEXTS = ("train_policy", "compare")
 WITH_ADAPTER = ("generate", "compare")
-TRAINERS = ("train_reward", "train_policy")
+TRAINERS = ("train_reward", "train_policy", "train_dpo")
 
 
 def rows(*given, columns=COLUMNS):
@@ -107,9 +108,12 @@ def prompt_file(file, content="\n"):
 SUFFIXES = ("xlsx", "csv", "json", "jsonl", "parquet")
 BYTES = b"\xff\xfe\x00 this is no table \x00\n" * 3
 UNLABELLED = GOOD_ROW[:3]
+# Judgements of as many conversations as a split needs.
+FIRST, SPREAD = [str(sample_context(0))], [[str(sample_context(i)), "a", "b", i % 2] for i in range(1, 20)]
 MODEL_KEYS = {
     "convert_prompt": "model_name_or_path",
     "train_policy": "model_name_or_path",
+    "train_dpo": "model_name_or_path",
     "train_reward": "reward_model_name_or_path",
 }
 MISPELT = {"convert_prompt": ("model", "hard_promt", "hard_prompt"), "generate": ("task", "temprature", "temperature")}
@@ -131,18 +135,18 @@ TABLE = [
     # The data
     *[(WITH_DATA, dataset(path=f"/nowhere/none.{s}"), "no such file", f"/nowhere/none.{s}") for s in SUFFIXES],
     (WITH_DATA, dataset(path=...), "path is missing", "section dataset", "--path"),
-    *[("train_reward", data(f"a.{s}", BYTES), f"a.{s} cannot be read as .{s}", *COLUMNS) for s in SUFFIXES],
+    *[(WITH_SHEET, data(f"a.{s}", BYTES), f"a.{s} cannot be read as .{s}", *COLUMNS) for s in SUFFIXES],
     (WITH_DATA, data("sheet.docx", "x"), "sheet.docx is not a .xlsx, .csv"),
     (WITH_DATA, dataset(path="."), "is not a .xlsx, .csv"),
-    ("train_reward", rows(["hello", "a", "b"], columns=[*COLUMNS[:2], "verdict"]),
+    (WITH_SHEET, rows(["hello", "a", "b"], columns=[*COLUMNS[:2], "verdict"]),
      "missing column reference_response, human_eval", "found context_messages, policy_response, verdict"),
-    ("train_reward", rows(*[[*UNLABELLED, n] for n in (2, 3, 3)]), "no row is labelled 0 or 1", "(3 rows)"),
-    *[("train_reward", rows(GOOD_ROW, GOOD_ROW, [*UNLABELLED, label]), "row 4, human_eval: expected 0, 1, 2 or 3")
+    (WITH_SHEET, rows(*[[*UNLABELLED, n] for n in (2, 3, 3)]), "no row is labelled 0 or 1", "(3 rows)"),
+    *[(WITH_SHEET, rows(GOOD_ROW, GOOD_ROW, [*UNLABELLED, label]), "row 4, human_eval: expected 0, 1, 2 or 3")
       for label in (4, -1, 0.5, "better", True)],
     # Set aside or not, each row is checked.
-    *[("train_reward", rows(GOOD_ROW, [c, "a", "b", 3]), "row 3, context_messages:", words) for c, words in UNREADABLE],
+    *[(WITH_SHEET, rows(GOOD_ROW, [c, "a", "b", 3]), "row 3, context_messages:", words) for c, words in UNREADABLE],
     *[(WITH_CONTEXTS, items("hello", c), "row 2, context:", words) for c, words in UNREADABLE],
-    *[("train_reward", rows(GOOD_ROW, [empty if n == column else cell for n, cell in enumerate(GOOD_ROW)]),
+    *[(WITH_SHEET, rows(GOOD_ROW, [empty if n == column else cell for n, cell in enumerate(GOOD_ROW)]),
        f"row 3, {COLUMNS[column]}: ", "got an empty cell") for column in (0, 1, 2) for empty in ("", "  ", None)],
     (WITH_CONTEXTS, data("a.json", '[{"prompt": "hi", "id": 1}]'), "missing column context", "found prompt, id"),
     (WITH_CONTEXTS, data("a.json", "[]"), "missing column context", "found none"),
@@ -247,7 +251,19 @@ TABLE = [
     *[("train_policy", going_on_from("policy", **keys), f"prefix_adapter brings its own {next(iter(keys))}: leave ")
       for keys in [{"hard_prompt": "Be kind."}, {"hard_prompt_file": "prompt.txt"}, {"model_name_or_path": "a/b"},
                    {"opening_user_message": "start"}, {"chat_template_kwargs": {"enable_thinking": False}}]],
+    ("train_dpo", ours("judge_adapter", "policy"), "is not a reward adapter", "CAUSAL_LM"),
+    ("train_dpo", saw_all("judge_adapter"), "nothing is left to train on", "judge "),
+    ("train_dpo", going_on_from("reward"), "is not a policy adapter", "SEQ_CLS"),
+    ("train_dpo", rows([*FIRST, "a <end_of_turn>", "b", 0], *SPREAD), "context 2: the chosen reply spells out"),
+    ("train_dpo", rows([*FIRST, "a", "tea " * 1200, 0], *SPREAD), "context 2 and its rejected reply are"),
     # Settings
+    *[("train_dpo", task(**settings), words) for settings, words in [
+          ({"bf16": True}, "mixed_precision must be no, got bf16"),
+          ({"ld_alpha": 0.5}, "ld_alpha cannot be 0.5: it was not run with a prefix"),
+          ({"max_length": 512}, "max_length cannot be 512: it cuts replies and drops rows"),
+          ({"beta": 0}, "beta must be above 0, got 0"),
+          ({"temperature": 0}, "temperature must be above 0, got 0"),
+      ]],
     *[(TRAINERS, change, "gradient_checkpointing", "prefix", "leave it off")
       for key in ("gradient_checkpointing", "activation_checkpointing")
       for change in (task(**{key: True}), flags(f"--{key}", "true"))],
@@ -299,7 +315,7 @@ def test_the_guard_itself(reaches_the_model, name):
     reaches_the_model(name)
 
 
-@pytest.mark.parametrize("name", ["convert_prompt", "train_reward", "train_policy", "compare"])
+@pytest.mark.parametrize("name", ["convert_prompt", *TRAINERS, "compare"])
 def test_run_folder_that_exists(refused, tmp_path, name):
     folder = tmp_path / "outputs" / "first"
     folder.mkdir(parents=True)
@@ -313,7 +329,7 @@ def test_run_folder_that_exists(refused, tmp_path, name):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_going_on_with_another_split(refused, tmp_path, name):
     (tmp_path / "begun").mkdir()
-    model = {"train_reward": {"num_virtual_tokens": 4}, "train_policy": {"hard_prompt": HARD_PROMPT}}[name]
+    model = {"num_virtual_tokens": 4} if name == "train_reward" else {"hard_prompt": HARD_PROMPT}
     text = yaml.safe_dump({"model": model, "dataset": {"split_seed": 9}})
     (tmp_path / "begun" / "recipe.yaml").write_text(text, encoding="utf-8")
     going_on = task(output_dir=str(tmp_path), run_name="begun", resume_from_checkpoint=True)

@@ -22,6 +22,7 @@ RECIPES = {
     "convert": "convert_prompt",
     "reward": "train_reward",
     "policy": "train_policy",
+    "dpo": "train_dpo",
     "compare": "compare",
 }
 YAMLS = sorted((ROOT / "recipes").glob("*/*.yaml"))
@@ -30,6 +31,7 @@ SMALL = {
     "convert": [],
     "reward": ["--num_train_epochs", "1", "--max_tokens", "90", "--test_size", "0.3"],
     "policy": ["--max_steps", "2", "--num_train_epochs", "1", "--max_completion_length", "6"],
+    "dpo": ["--max_steps", "2", "--max_completion_length", "6"],
     "compare": ["--max_completion_length", "6"],
 }
 
@@ -76,11 +78,13 @@ def test_yaml_runs(file, gemma_folder, bert_folder, sheet_file, contexts_file, a
     recipe = RECIPES[file.stem]
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     flags = ["--config", file, "--output_dir", tmp_path, "--run_name", "run", *SMALL[file.stem]]
-    if file.stem in ("convert", "policy"):
+    if file.stem in ("convert", "policy", "dpo"):
         flags += ["--model_name_or_path", gemma_folder, "--dtype", "float32"]
         assert content["model"].get("dtype") == ("bfloat16" if "gemma-3-1b-it" in str(file) else None)
-    if file.stem in ("reward", "policy"):
+    if file.stem in ("reward", "policy", "dpo"):
         flags += ["--report_to", "none"]
+    if file.stem == "dpo":
+        flags += ["--path", sheet_file]
     if file.stem == "reward":
         flags += ["--reward_model_name_or_path", bert_folder, "--path", sheet_file]
     if file.stem == "policy":
@@ -90,7 +94,11 @@ def test_yaml_runs(file, gemma_folder, bert_folder, sheet_file, contexts_file, a
     if file.stem == "compare":
         flags += ["--policy_adapter", policy_adapter, "--reward_adapter", reward_adapter, "--path", assistant_first]
     if "judge_adapter" in content["model"]:
-        flags += ["--judge_adapter", shutil.copytree(reward_adapter, tmp_path / "judge")]
+        judge = shutil.copytree(reward_adapter, tmp_path / "judge")
+        if file.stem == "dpo":  # the tiny reward learnt from the whole sheet
+            identity = json.loads((judge / "h2s.json").read_text(encoding="utf-8"))
+            (judge / "h2s.json").write_text(json.dumps(identity | {"seen": []}), encoding="utf-8")
+        flags += ["--judge_adapter", judge]
     run(recipe, *flags)
     names = {f.name for f in (tmp_path / "run").iterdir()}
     assert {"recipe.yaml", "train.log"} <= names
@@ -98,8 +106,12 @@ def test_yaml_runs(file, gemma_folder, bert_folder, sheet_file, contexts_file, a
         assert len([n for n in names if n.endswith(".xlsx")]) == 1 and len([n for n in names if "key" in n]) == 1
     else:
         assert names >= ADAPTER
-    if file.stem == "reward":
+    if file.stem in ("reward", "dpo"):
         assert names >= {"accuracy.md", "accuracy.png", "pairs.parquet"}
+    if file.stem == "dpo":
+        assert names >= {"trainer_state.json", "what_changed.md", "differences.png"}
+        assert "by the judge" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    if file.stem == "reward":
         assert ("judge" in names) == ("judge_share" in content["dataset"])
         assert ("folds" in names) == ("folds" in content["dataset"])
     if file.stem == "policy":

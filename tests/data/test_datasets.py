@@ -6,12 +6,13 @@ import json
 
 import pytest
 from data.written import write_table
+from datasets import Dataset
 from openpyxl import Workbook
 from tiny import COLUMNS, sample_context
 from trl import is_conversational
 
 import h2s
-from h2s.data.datasets import load_contexts, load_preferences, read_judgements
+from h2s.data.datasets import each_context_once, load_contexts, load_preferences, read_judgements
 from h2s.data.tables import FORMATS, GRIDS
 from h2s.errors import InputError
 
@@ -529,3 +530,9 @@ def test_texts_whose_lines_take_turns_are_told(tmp_path, caplog):
     assert [p[0]["content"] for p in contexts["prompt"]] == texts
     (said,) = caplog.messages
     assert "2 contexts have lines that take turns (Doctor: and Patient: in row 2)" in said
+
+
+def test_a_context_comes_once_however_often_it_is_judged():
+    turns = [[{"role": "user", "content": text}] for text in ("a", "b", "a", "a", "c", "b")]
+    pairs = Dataset.from_dict({"prompt": turns, "row": list(range(6))})
+    assert each_context_once(pairs)["row"][:] == [0, 1, 4]

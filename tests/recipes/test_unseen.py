@@ -100,6 +100,25 @@ def test_a_policy_is_reported_on_what_nothing_has_seen(chain, contexts_file):
     check_report(chain.again, [conversation_id(p) for p in second["prompt"]], seen)
 
 
+def test_dpo_learns_nothing_of_the_judges_conversations_and_is_reported_on_what_nothing_has_seen(chain, sheet_file):
+    """From the first round's policy, by another split than the judge's."""
+    folder = chain.run("train_dpo", "dpo", "--prefix_adapter", chain.policy, "--path", sheet_file, "--split_seed", 5,
+                       "--judge_adapter", chain.reward / "judge", "--max_steps", 1, "--max_completion_length", 2,
+                       "--report_to", "none")  # fmt: skip
+    seen = {"policy": seen_by(chain.policy), "judge": seen_by(chain.reward / "judge")}
+    parts = split_by_conversation(load_preferences(str(sheet_file)), 5, 0.2)
+    learnt = set(conversations_in(parts["train"], parts["validation"]))
+    assert learnt & seen["judge"] and seen_by(folder) == seen["policy"] | (learnt - seen["judge"])
+    candidates = [conversation_id(p) for p in parts["test"]["prompt"]]
+    unseen = set(candidates) - set.union(*seen.values())
+    pairs = pd.read_parquet(folder / "pairs.parquet")
+    assert 0 < len(unseen) < len(set(candidates)) and set(pairs["conversation"]) == unseen
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"n = {len(unseen)} contexts of {len(unseen)} conversations." in text
+    counts = ", ".join(f"{name} {sum(c in of for c in candidates)}" for name, of in seen.items())
+    assert f"trained or selected a model: {counts}." in text and "Be kind." in text
+
+
 @pytest.mark.parametrize("which", [["--split", "all"], ["--test_size", 0.5, "--split_seed", 1]], ids=str)
 @pytest.mark.parametrize("scored", [True, False])
 def test_compare_reports_on_what_nothing_has_seen(chain, scored, which):

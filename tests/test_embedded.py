@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -180,6 +181,13 @@ def test_reward_learns_the_sample_sheet_and_policy_runs_on_it(tmp_path):
         "--report_to", "none", "--value_warmup_batches", 0, "--scale_rewards", "false")  # fmt: skip
     (line,) = [r for r in json.loads((tmp_path / "p" / "trainer_state.json").read_text())["log_history"] if "loss" in r]
     assert abs(line["policy/ratio"] - 1) < 1e-4 and line["grad_norm"] > 0 and abs(line["kl"]) < 1e-2
+    run("train_dpo", "--config", ROOT / "recipes" / "embedded" / "dpo.yaml",
+        "--judge_adapter", tmp_path / "r" / "judge", "--max_steps", 2, "--logging_steps", 1,
+        "--max_completion_length", 8, "--output_dir", tmp_path, "--run_name", "d", "--report_to", "none")  # fmt: skip
+    lines = json.loads((tmp_path / "d" / "trainer_state.json").read_text())["log_history"]
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and lines[0]["grad_norm"] > 0
+    assert next(r["eval_loss"] for r in lines if "eval_loss" in r) < math.log(2)
+    assert (tmp_path / "d" / "accuracy.md").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ import torch
 from forks import recipe, run
 from safetensors.torch import load_file
 
+import h2s.dpo.pairs
+import h2s.dpo.trainer
 import h2s.ppo.iteration_log
 import h2s.ppo.trainer
 import h2s.prefix.policy_model
@@ -44,6 +46,15 @@ MOMENTS = {
         (h2s.ppo.trainer.SingleStepPPOTrainer, "_apply"),
         (h2s.prefix.policy_model, "save_adapter"),
         (h2s.ppo.iteration_log.IterationLog, "write_completions"),
+    ),
+    # a step, a batch of an evaluation, of the report;
+    "train_dpo": (
+        *SAVING,
+        (h2s.dpo.trainer.PrefixDPOTrainer, "training_step"),
+        (h2s.dpo.trainer.PrefixDPOTrainer, "prediction_step"),
+        (h2s.report.soft_vs_hard, "_answer"),
+        (h2s.dpo.pairs.ImplicitReward, "score"),
+        (h2s.prefix.policy_model, "save_adapter"),
     ),
     # a step, a batch of an evaluation.
     "train_reward": (

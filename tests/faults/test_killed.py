@@ -16,6 +16,7 @@ POLICY = {"logging_steps": 3, "eval_on_start": "true"}
     [
         ("train_policy", 1, 8, POLICY),
         ("train_reward", 1, 4, {"logging_steps": 3}),
+        ("train_dpo", 1, 3, {"logging_steps": 3}),
         ("train_policy", 2, 2, POLICY | {"per_device_train_batch_size": 4, "max_steps": 3}),
         ("train_reward", 2, 2, {}),
     ],
@@ -23,7 +24,8 @@ POLICY = {"logging_steps": 3, "eval_on_start": "true"}
 def test_a_killed_run_ends_in_the_same_bytes(
     recipe, processes, points, flags, gemma_folder, loud_bert, contexts_file, sheet_file, tmp_path
 ):
-    given = {"train_policy": (gemma_folder, contexts_file), "train_reward": (loud_bert, sheet_file)}[recipe]
+    judged = (loud_bert if recipe == "train_reward" else gemma_folder, sheet_file)
+    given = (gemma_folder, contexts_file) if recipe == "train_policy" else judged
     results = start("killed_run.py", recipe, *given, processes, points, tmp_path, **flags)
     assert len(results) == points
     for result in results:

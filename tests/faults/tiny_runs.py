@@ -1,4 +1,4 @@
-"""Tiny runs of both stages that go into their second epoch, for the scripts of this folder."""
+"""Tiny runs of the trainers that go into their second epoch, for the scripts of this folder."""
 
 import json
 import os
@@ -25,14 +25,22 @@ FLAGS: dict[str, dict[str, object]] = {
         "eval_steps": 1,
         "save_steps": 2,
     },
+    "train_dpo": {
+        "hard_prompt": "Be kind.",
+        "max_completion_length": 3,
+        "per_device_train_batch_size": 16,
+        "max_steps": 6,
+        "eval_steps": 2,
+        "save_steps": 2,
+    },
     "train_reward": {"num_virtual_tokens": 4, "num_train_epochs": 2},
 }
-MODEL = {"train_policy": "model_name_or_path", "train_reward": "reward_model_name_or_path"}
+MODEL = {"train_reward": "reward_model_name_or_path"}
 
 
 def start(script: str, recipe: str, model: Path, data: Path, *words: object, **flags: object) -> list[dict]:
     """Start a script of this folder on a tiny run; its JSON lines."""
-    flags = {MODEL[recipe]: model, "path": data} | FLAGS[recipe] | flags
+    flags = {MODEL.get(recipe, "model_name_or_path"): model, "path": data} | FLAGS[recipe] | flags
     given = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     done = subprocess.run(
         [sys.executable, str(HERE / script), recipe, *map(str, words), *given],

@@ -95,8 +95,8 @@ def test_blocks_run_on_tiny_models(checkout, bert_folder, capsys):
     names: dict = {}
     for block in blocks("From Python"):
         assert exec(block.replace("embedded:gemma-3-270m", str(base)), names) is None
-    assert capsys.readouterr().out.count("tensor([") == 1
-    for folder in ("kind", "kinder", "dpo"):
+    assert capsys.readouterr().out.count("tensor([") == 2
+    for folder in ("kind", "kinder", "kind-dpo"):
         reloaded = PrefixTuningPolicyModel.from_pretrained(checkout / "outputs" / folder)
         start = PrefixTuningPolicyModel.from_hard_prompt(str(base), reloaded.prefix.hard_prompt)
         moved = (reloaded.model.prompt_encoder["default"].embedding.weight - soft(start)).abs().max()

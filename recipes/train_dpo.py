@@ -41,11 +41,12 @@ def main(run, argv: list[str] | None = None) -> None:
     parts = splits.split_by_conversation(judgements.dataset, data_args.split_seed, data_args.test_size)
     judged = {name: scorer.seen for name, scorer in scorers.items()}
     # The judge learnt from the same people: what it knows of a conversation, the policy shall not learn.
-    train, aside = splits.set_aside_seen(parts["train"], judged, "to train on")
-    validation, _ = splits.set_aside_seen(parts["validation"], judged, "to select by")
-    test, unseen = splits.set_aside_seen(parts["test"], {"policy": opened.prefix.seen} | judged)
+    train, aside = splits.set_aside_seen(parts["train"], judged, "to train on", "judgements")
+    validation, _ = splits.set_aside_seen(parts["validation"], judged, "to select by", "judgements")
+    test, unseen = splits.set_aside_seen(parts["test"], {"policy": opened.prefix.seen} | judged, rows="judgements")
     PrefixDPOTrainer.check(args, opened, train, validation)
     PrefixDPOTrainer.check(args, opened, test)
+    opened.encode(test, args.max_completion_length)  # each can be answered
     run.check_push(args, opened.source)
 
     #########
@@ -82,6 +83,9 @@ def main(run, argv: list[str] | None = None) -> None:
     measured = f"{comparison.write_comparison(table, names, folder, trainer.kept_step())}\n{unseen}"
     logger.info("what it answers, soft beside hard: %s", measured)
     logger.info("what it prefers (%s): %s", accuracy.ACCURACY_REPORT, learnt.split("\n\n")[0])
+    for scorer in scorers.values():
+        if cuts := scorer.cuts():
+            logger.info("the judge cut %d contexts, %d responses", cuts["context"], cuts["response"])
     logger.info("side by side: %s", what_changed.write_what_changed(table, moved, names, folder))
     policy.write_card(folder, f"{measured}\n\n{learnt}")  # the adapter lies there already
     logger.info("the adapter of the kept step is in %s; compare.py has its dial and a sheet for people", folder)

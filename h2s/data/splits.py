@@ -31,7 +31,7 @@ def conversations_in(*datasets: Dataset | None) -> list[str]:
 
 
 def set_aside_seen(
-    dataset: Dataset, seen_by: Mapping[str, Iterable[str]], purpose: str = "to report on"
+    dataset: Dataset, seen_by: Mapping[str, Iterable[str]], purpose: str = "to report on", rows: str = "contexts"
 ) -> tuple[Dataset, str]:
     """Set aside the rows whose conversations trained or selected a model: of these no report is one of unseen data.
 
@@ -39,6 +39,7 @@ def set_aside_seen(
         dataset: contexts, with a `prompt`.
         seen_by: the conversation ids that each model lists, by its name.
         purpose: what the rows are for, in words.
+        rows: what they are.
 
     Returns:
         The rows that are left, and how many were set aside, in words.
@@ -50,12 +51,12 @@ def set_aside_seen(
     left = [row for row, c in enumerate(ids) if not any(c in listed for listed in seen.values())]
     counts = {name: "unknown" if UNKNOWN in seen[name] else sum(c in seen[name] for c in ids) for name in seen}
     words = (
-        f"{len(ids) - len(left)} of {len(ids)} contexts are set aside, since their conversations trained or selected a "
+        f"{len(ids) - len(left)} of {len(ids)} {rows} are set aside, since their conversations trained or selected a "
         f"model: {', '.join(f'{name} {count}' for name, count in counts.items())}"
     )
     if not left:
         raise InputError(
-            f"nothing is left {purpose}: {words}; give contexts of other conversations, or the test_size and "
+            f"nothing is left {purpose}: {words}; give {rows} of other conversations, or the test_size and "
             "split_seed of those models' own runs"
         )
     unknown = " Unknown: made when an adapter's h2s.json did not list them." if "unknown" in counts.values() else ""

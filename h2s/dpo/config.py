@@ -7,13 +7,24 @@ from accelerate.utils import parse_flag_from_env
 from trl import DPOConfig
 
 from h2s.errors import InputError
-from h2s.run.settings import NO_EFFECT, check_reports, check_schedule, check_settings
+from h2s.run.settings import (
+    NO_EFFECT,
+    check_reports,
+    check_schedule,
+    check_settings,
+    refuse_fp16,
+    refuse_mixed_precision,
+)
 
 NOT_RUN = "it was not run with a prefix; leave it out"
 # Settings of TRL's and Trainer's that keep their default here alone, and why.
 REFUSED = {
     "activation_offloading": "it crashes with a prefix; leave it out",
+    "dataloader_drop_last": "what an epoch leaves over is learnt from too; leave it out",
+    "greater_is_better": "the loss selects; leave it out",
     "max_length": "it cuts replies and drops rows; leave it out",
+    "metric_for_best_model": "the loss selects; leave it out",
+    "train_sampling_strategy": "pairs come in random order; leave it out",
     "trust_remote_code": "code that comes with a model is never run; leave it out",
     "sync_ref_model": "the reference stays the hard prompt; leave it out",
     **dict.fromkeys(
@@ -100,8 +111,7 @@ class PrefixDPOConfig(DPOConfig):
             raise InputError("FSDP was not run with DPO: launch with accelerate_configs/multi_gpu.yaml")
         if self.gradient_checkpointing or self.activation_checkpointing:
             raise InputError("gradient_checkpointing does not work with a prefix: leave it off")
-        if self.fp16:
-            raise InputError("fp16 is not supported (Gemma overflows in it): use dtype bfloat16 in the model section")
+        refuse_fp16(self)
         if self.max_completion_length < 1:
             raise InputError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
         for name in ("beta", "temperature"):
@@ -109,10 +119,6 @@ class PrefixDPOConfig(DPOConfig):
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
-        if self.mixed_precision != "no":
-            raise InputError(
-                f"mixed_precision must be no, got {self.mixed_precision} (of bf16, or of accelerate's config): "
-                "dtype bfloat16 loads the model in it, accelerate launch --mixed_precision no turns the other off"
-            )
+        refuse_mixed_precision(self)
         check_reports(self)
         check_schedule(self)

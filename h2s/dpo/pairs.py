@@ -1,5 +1,6 @@
 """Judgements as a policy's tokens, and how much it prefers one reply to another: DPO's implicit reward."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,12 @@ from h2s.prefix.opened import OpenedPolicy
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
 from h2s.reward.pairs import reply_text
 from h2s.reward.trainer import check_pairs
+from h2s.run.checkpoints import check_one_device
 from h2s.run.terminal import progress_bar
+
+logger = logging.getLogger(__name__)
+
+SIDES = ("chosen", "rejected")
 
 
 def check_run(
@@ -28,29 +34,28 @@ def check_run(
     """Check what DPO is to learn, and from which policy: before weights load, if the caller has them still to load.
 
     Raises:
-        InputError: the base is in 4 bits; a data set holds no judgements, or none at all; a context cannot be answered;
-            or a reply spells out a special token, does not follow its context's tokens, or is too long. The row is
-            named.
+        InputError: this process sees several devices; the base is in 4 bits; a data set holds nothing to learn from; a
+            context cannot be answered; or a reply spells out a special token, does not follow its context's tokens, or
+            is too long. The row is named.
     """
-    if policy.prefix.quantization is not None:
-        raise InputError("DPO was not run on a base in 4 bits, whose prefix TRL rounds: leave load_in_4bit out")
+    check_one_device(args)
+    if policy.prefix.quantization is not None or getattr(policy.config, "quantization_config", None) is not None:
+        raise InputError("DPO was not run on a base in 4 bits, whose prefix TRL rounds: take one in whole weights")
     check_pairs(train_dataset, "train_dataset")
     if eval_dataset is not None:
         check_pairs(eval_dataset, "eval_dataset")
     for part, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
         if part is not None:
-            if not len(part):
-                raise InputError(f"{name} holds no judgement")
-            _check_pairs_fit(policy, part, args.max_completion_length)
+            if not any(reply_text(row["chosen"]) != reply_text(row["rejected"]) for row in part):
+                raise InputError(f"{name} holds no judgement of two unlike replies")
+            _check_pairs_fit(policy, part)
 
 
-def _check_pairs_fit(
-    policy: OpenedPolicy | PrefixTuningPolicyModel, pairs: Dataset, max_completion_length: int
-) -> None:
+def _check_pairs_fit(policy: OpenedPolicy | PrefixTuningPolicyModel, pairs: Dataset) -> None:
     room, special = room_for_text(policy.config, len(policy.prefix.token_ids)), special_tokens(policy.tokenizer)
-    prompts = policy.encode(pairs, max_completion_length)
+    prompts = policy.encode(pairs, 1)
     for place, row, ids in zip(places_of(pairs), pairs, prompts, strict=True):
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             check_plain_text(f"{place}: the {side} reply", reply_text(row[side]), special)
             length = len(ids) + len(reply_tokens(policy, as_messages(row["prompt"]), ids, row[side], place))
             if length > room:
@@ -58,6 +63,23 @@ def _check_pairs_fit(
                     f"{place} and its {side} reply are {length} tokens long, but the model takes {room} beside the "
                     "prefix: leave the row out"
                 )
+
+
+def as_trl_has_it(pairs: Dataset | None) -> Dataset | None:
+    """Judgements as the lists of messages from which TRL makes the tokens that were checked, and nothing else of them.
+
+    Two identical replies teach nothing and are left out.
+    """
+    if pairs is None:
+        return None
+    rows = [
+        [as_messages(row["prompt"]), *([{"role": "assistant", "content": reply_text(row[side])}] for side in SIDES)]
+        for row in pairs
+    ]
+    unlike = [row for row in rows if row[1] != row[2]]
+    if len(unlike) < len(rows):
+        logger.info("%d pairs of two identical replies are left out", len(rows) - len(unlike))
+    return Dataset.from_dict(dict(zip(("prompt", *SIDES), zip(*unlike, strict=True), strict=True)))
 
 
 def reply_tokens(

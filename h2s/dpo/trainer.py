@@ -17,7 +17,7 @@ from trl import DPOTrainer
 from h2s.data.datasets import each_context_once
 from h2s.data.splits import conversations_in
 from h2s.dpo.config import PrefixDPOConfig
-from h2s.dpo.pairs import ImplicitReward, check_run
+from h2s.dpo.pairs import ImplicitReward, as_trl_has_it, check_run
 from h2s.prefix.adapter import fill_with_tokens, load_weights, soft_prefix
 from h2s.prefix.generation import Sampling
 from h2s.prefix.policy_model import PrefixTuningPolicyModel
@@ -80,6 +80,7 @@ class PrefixDPOTrainer(WholeCheckpoints, DPOTrainer):
         args = copy.copy(args) if args is not None else PrefixDPOConfig()
         self.policy = self.adapter = policy = policy_to_train(model, processing_class, peft_config, args.device)
         check_run(args, policy, train_dataset, eval_dataset)
+        train_dataset, eval_dataset = as_trl_has_it(train_dataset), as_trl_has_it(eval_dataset)
         if REFERENCE in policy.model.peft_config:  # of another trainer
             policy.model.delete_adapter(REFERENCE)
         with warnings.catch_warnings():
@@ -110,7 +111,10 @@ class PrefixDPOTrainer(WholeCheckpoints, DPOTrainer):
         return self.optimizer
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """TRL's metrics; in training the prefix is kept if its loss is the least so far."""
+        """TRL's metrics, also of other judgements; in training the prefix is kept if its loss is the least so far."""
+        if isinstance(eval_dataset, Dataset) and eval_dataset is not self.eval_dataset:
+            check_run(self.args, self.policy, eval_dataset)
+            eval_dataset = as_trl_has_it(eval_dataset)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self.keep_if_best(metrics)
         return metrics
@@ -158,14 +162,3 @@ class PrefixDPOTrainer(WholeCheckpoints, DPOTrainer):
         """That of the run's root; the model is left as it answers."""
         super().load_kept()
         self.policy.model.eval()
-
-    def short_line(self, logs: dict[str, float]) -> str | None:
-        """Loss, and how often the preferred reply is ahead, of training or of an evaluation."""
-        said = []
-        for name, value in logs.items():
-            if name.endswith("loss"):
-                said.append(f"{name} {value:.4f}")
-            elif name.endswith("rewards/accuracies"):
-                said.append(f"{name.replace('rewards/accuracies', 'accuracy')} {value:.2f}")
-        epoch = [f"epoch {logs['epoch']:.2f}"] if "epoch" in logs else []
-        return ", ".join(epoch + said) if said else None

@@ -8,7 +8,14 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from h2s.errors import InputError
-from h2s.run.settings import NO_EFFECT, check_reports, check_schedule, check_settings
+from h2s.run.settings import (
+    NO_EFFECT,
+    check_reports,
+    check_schedule,
+    check_settings,
+    refuse_fp16,
+    refuse_mixed_precision,
+)
 
 # Settings of Trainer that keep their default in this stage alone, and why.
 REFUSED = {
@@ -153,8 +160,7 @@ class SingleStepPPOConfig(TrainingArguments):
             raise InputError("FSDP 1 was not run with a prefix: launch with accelerate_configs/fsdp2.yaml")
         if self.gradient_checkpointing or self.activation_checkpointing:
             raise InputError("gradient_checkpointing does not work with a prefix: leave it off, raise num_mini_batches")
-        if self.fp16:
-            raise InputError("fp16 is not supported (Gemma overflows in it): use dtype bfloat16 in the model section")
+        refuse_fp16(self)
         if self.gradient_accumulation_steps != 1:
             raise InputError("gradient_accumulation_steps must be 1: num_mini_batches bounds the memory")
         _require(
@@ -192,12 +198,7 @@ class SingleStepPPOConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         chosen = self.metric_for_best_model
         super().__post_init__()
-        if self.mixed_precision != "no":
-            raise InputError(
-                f"mixed_precision must be no, got {self.mixed_precision} (of bf16, or of accelerate's config): what is "
-                "sampled would be scored otherwise; dtype bfloat16 loads the model in it, accelerate launch "
-                "--mixed_precision no turns the other off"
-            )
+        refuse_mixed_precision(self)
         check_reports(self)
         check_schedule(self)
         self.metric_for_best_model = chosen  # transformers puts the loss in, which no evaluation here measures

@@ -27,6 +27,7 @@ from h2s.data.splits import Part, conversations_of
 from h2s.report.agreement import agreement_text
 from h2s.report.intervals import difference_text, few_conversations, share_interval, share_text
 from h2s.report.verdict import accuracy_verdict, calibration_verdict
+from h2s.reward.model import RewardModel
 from h2s.reward.pairs import reply_text
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ def _bars(axis, groups: dict[str, tuple[list[float], list[str]]]) -> None:
 
 
 def cross_validate(
-    train: Callable[[dict[Part, Dataset], Path], Scores],
+    train: Callable[[dict[Part, Dataset], Path], RewardModel],
     folds: Sequence[dict[Part, Dataset]],
     folder: Path,
     is_main_process: bool,

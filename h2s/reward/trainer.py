@@ -44,7 +44,7 @@ class PrefixGradientCheck(TrainerCallback):
         """Look before each step: after it a checkpoint might hold what nothing can be learned from."""
         gradient = soft_prefix(model).grad
         if state.global_step == 0 and (gradient is None or not gradient.any()):
-            raise RunError("the prefix has no gradient at the first step: only the head would be trained")
+            raise RunError("the prefix has no gradient at the first step")
         if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
             raise RunError(f"the gradient of step {state.global_step + 1} is not finite: lower learning_rate")
 
@@ -192,12 +192,6 @@ class RewardModelTrainer(WholeCheckpoints, RewardTrainer):
             reward = self.reward_model
             eval_dataset = tokenize_preferences(eval_dataset, reward.tokenizer, reward.max_tokens, Counter())
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def short_line(self, logs: dict[str, float]) -> str | None:
-        """Loss and accuracy, of training or of an evaluation."""
-        said = [f"{name} {value:.4f}" for name, value in logs.items() if name.endswith(("loss", "accuracy"))]
-        epoch = [f"epoch {logs['epoch']:.2f}"] if "epoch" in logs else []
-        return ", ".join(epoch + said) if said else None
 
     def load_kept(self) -> None:
         """The best epoch's checkpoint, if epochs were evaluated."""

@@ -122,7 +122,9 @@ class TrainedPolicyArguments(HardPromptArguments):
     """A hard prompt, or a prefix adapter made before; and who judges what becomes of it."""
 
     prefix_adapter: str | None = _setting("A prefix adapter to go on from; the reference stays its hard prompt.")
-    judge_adapter: str | None = _setting("A reward adapter that is not trained on, made from other conversations.")
+    judge_adapter: str | None = _setting(
+        "A reward adapter made from other conversations, not trained on: it reports, and of PPO selects."
+    )
 
 
 @dataclass

@@ -118,8 +118,10 @@ class WholeCheckpoints(Trainer):
         )
 
     def short_line(self, logs: dict[str, float]) -> str | None:
-        """What the terminal says of a log line. Each trainer knows what matters in it."""
-        raise NotImplementedError
+        """What the terminal says of a log line: loss and accuracy, of training or of an evaluation."""
+        said = [f"{k} {v:.4f}" for k, v in logs.items() if k.endswith(("loss", "accuracy", "rewards/accuracies"))]
+        epoch = [f"epoch {logs['epoch']:.2f}"] if "epoch" in logs else []
+        return ", ".join(epoch + said) if said else None
 
     def learnt_from(self, rows: Dataset) -> Sequence[str]:
         """The columns that make a data set another one. Each trainer knows what it uses."""
@@ -136,11 +138,10 @@ class WholeCheckpoints(Trainer):
         if self.state.best_metric is None:
             self.save_model()
         else:
-            self._load_best_model()
+            self._load_from_checkpoint(self.args.output_dir)
 
     def _load_best_model(self) -> None:
-        """The kept adapter lies at the run's root."""
-        self._load_from_checkpoint(self.args.output_dir)
+        """Trainer's own takes checkpoints for further adapters: `load_kept` does it."""
 
     def _checkpoint_to_resume(self, asked: bool | str | Path) -> str | None:
         """The checkpoint to go on from, one that this run can go on from.

@@ -67,6 +67,8 @@ AS_GOOD = {
     "debug": [None, []],
     "hub_strategy": ["end"],
     "include_num_input_tokens_seen": [False],
+    "loss_type": ["sigmoid"],
+    "metric_for_best_model": ["eval_loss"],
     "optim": ["adamw_torch"],
     "pad_to_multiple_of": [None],
     "remove_unused_columns": [None],
@@ -102,6 +104,30 @@ def check_settings(args: TrainingArguments, also_refused: Mapping[str, str]) -> 
         )
     if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
         raise InputError("dataloader_persistent_workers needs dataloader_num_workers of at least 1, got 0")
+
+
+def refuse_fp16(args: TrainingArguments) -> None:
+    """Before transformers' own checks, which refuse it on a CPU for another reason.
+
+    Raises:
+        InputError: it is asked for.
+    """
+    if args.fp16:
+        raise InputError("fp16 is not supported (Gemma overflows in it): use dtype bfloat16 in the model section")
+
+
+def refuse_mixed_precision(args: TrainingArguments) -> None:
+    """After transformers' own checks: a policy trains in the precision that it answers and is compared in.
+
+    Raises:
+        InputError: it is asked for.
+    """
+    if args.mixed_precision != "no":
+        raise InputError(
+            f"mixed_precision must be no, got {args.mixed_precision} (of bf16, or of accelerate's config): what is "
+            "sampled would be scored otherwise; dtype bfloat16 loads the model in it, accelerate launch "
+            "--mixed_precision no turns the other off"
+        )
 
 
 def check_reports(args: TrainingArguments) -> None:

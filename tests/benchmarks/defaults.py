@@ -118,7 +118,7 @@ def table(out: Path) -> str:
     }
     lines = [
         f"| {' | '.join(GRID)} | seeds | judge, soft minus hard (KL) at each look | at equal length | tokens "
-        "| unfinished | last look minus the defaults' | minutes | memory, GiB |",
+        "| unfinished | last look minus the defaults' | minutes | peak with looks, GiB |",
         "|---" * 10 + "|",
     ]
     for setting, of_setting in sorted(by_setting.items()):

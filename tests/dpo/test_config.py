@@ -51,6 +51,11 @@ def test_what_makes_no_sense_is_refused(setting, words):
         PrefixDPOConfig(**setting)
 
 
+def test_the_same_in_other_words_is_taken():
+    args = PrefixDPOConfig(loss_type="sigmoid", metric_for_best_model="eval_loss")
+    assert args.metric_for_best_model == "eval_loss"
+
+
 def test_a_launch_with_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"FSDP was not run with DPO: launch with accelerate_configs/multi_gpu.yaml"):

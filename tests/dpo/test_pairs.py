@@ -1,6 +1,7 @@
 """What DPO is given to learn, and its implicit reward beside plain transformers and plain PEFT."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import HARD_PROMPT, sample_context
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from h2s import InputError, PrefixDPOConfig
-from h2s.dpo.pairs import ImplicitReward, check_run
+from h2s.dpo.pairs import ImplicitReward, as_trl_has_it, check_run
 from h2s.prefix.adapter import soft_prefix
 
 
@@ -64,7 +65,8 @@ def rows(*replies, prompt=None):
     [
         (None, "train_dataset must be a datasets.Dataset with the columns prompt, chosen and rejected, got NoneType"),
         (Dataset.from_dict({"prompt": ["hi"]}), "train_dataset must be a datasets.Dataset with .*, got .'prompt'"),
-        (rows(("a", "b")).select([]), "train_dataset holds no judgement"),
+        (rows(("a", "b")).select([]), "train_dataset holds no judgement of two unlike replies"),
+        (rows(("a", "a")), "train_dataset holds no judgement of two unlike replies"),
         (rows(("a", "b"), ("c", "d <end_of_turn>")), "context 2: the rejected reply spells out '<end_of_turn>'"),
         (rows(("a" * 2000, "b")), r"context 1 and its chosen reply are \d+ tokens long, but the model takes"),
         (rows(("a", "b"), prompt=[{"role": "assistant", "content": "hi"}, {"role": "user", "content": "ho"}]),
@@ -77,9 +79,30 @@ def test_what_cannot_be_learnt_is_refused(policy, pairs, words):
 
 
 def test_a_base_in_4_bits_is_refused(policy):
+    """One that is quantised as it loads, and one that is saved so."""
+    saved = SimpleNamespace(prefix=policy.prefix, config=SimpleNamespace(quantization_config={"load_in_4bit": True}))
     policy.prefix = replace(policy.prefix, quantization={"load_in_4bit": True})
-    with pytest.raises(InputError, match="DPO was not run on a base in 4 bits, whose prefix TRL rounds: leave load_in"):
+    for in_4_bits in (policy, saved):
+        with pytest.raises(InputError, match="DPO was not run on a base in 4 bits, whose prefix TRL rounds: take one"):
+            check_run(PrefixDPOConfig(), in_4_bits, rows(("a", "b")))
+
+
+def test_one_process_on_several_cards_is_refused(policy, monkeypatch):
+    monkeypatch.setattr(PrefixDPOConfig, "n_gpu", 2)
+    with pytest.raises(InputError, match="one process sees 2 CUDA devices"):
         check_run(PrefixDPOConfig(), policy, rows(("a", "b")))
+
+
+def test_text_is_a_message_and_identical_replies_are_left_out(caplog):
+    caplog.set_level("INFO", "h2s")
+    text = Dataset.from_dict({"prompt": ["hi", "ho", "hu"], "chosen": ["a", "b", "c"], "rejected": ["b", "b", "a"],
+                              "tools": ["x", "y", "z"]})  # fmt: skip
+    made = as_trl_has_it(text)
+    assert made.column_names == ["prompt", "chosen", "rejected"]
+    assert made["prompt"][:] == [[{"role": "user", "content": text}] for text in ("hi", "hu")]
+    assert made["rejected"][:] == [[{"role": "assistant", "content": text}] for text in ("b", "a")]
+    assert caplog.messages == ["1 pairs of two identical replies are left out"]
+    assert as_trl_has_it(None) is None
 
 
 def test_a_template_that_answers_otherwise_than_it_asks_is_refused(policy, monkeypatch):

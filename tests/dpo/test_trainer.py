@@ -118,6 +118,22 @@ def test_an_adapter_by_its_folder(build, policy, tmp_path):
     assert build(model=tmp_path / "adapter").policy.prefix.token_ids == policy.prefix.token_ids
 
 
+@pytest.mark.parametrize("form", ["text", "parts"])
+def test_judgements_of_another_form_give_the_tokens_that_are_answered_and_scored(form, build, pairs):
+    """TRL alone would train plain text without turns, and print parts as they are."""
+    some = pairs.select(range(4))
+    text = [prompt[-1]["content"] for prompt in some["prompt"]]
+    prompts = text if form == "text" else [[{"role": "user", "content": [{"type": "text", "text": t}]}] for t in text]
+    replies = {side: [reply[-1]["content"] for reply in some[side]] for side in ("chosen", "rejected")}
+    trainer = build(train_dataset=Dataset.from_dict({"prompt": prompts, **replies}), eval_dataset=None)
+    asked = trainer.policy.encode([[{"role": "user", "content": t}] for t in text], 1)
+    assert trainer.train_dataset["prompt_ids"][:] == asked
+    said = trainer.processing_class.decode(trainer.train_dataset["chosen_ids"][0])
+    assert said.startswith(replies["chosen"][0]) and "<end_of_turn>" in said
+    measured = trainer.evaluate(Dataset.from_dict({"prompt": prompts, **replies}))
+    assert measured["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
 def test_what_is_no_policy_or_no_data_is_refused(build, policy):
     with pytest.raises(InputError, match="peft_config is not taken"):
         build(peft_config="any")

@@ -119,7 +119,8 @@ class WholeCheckpoints(Trainer):
 
     def short_line(self, logs: dict[str, float]) -> str | None:
         """What the terminal says of a log line: loss and accuracy, of training or of an evaluation."""
-        said = [f"{k} {v:.4f}" for k, v in logs.items() if k.endswith(("loss", "accuracy", "rewards/accuracies"))]
+        shown, hidden = ("loss", "accuracy", "rewards/accuracies"), "mean_token_accuracy"
+        said = [f"{k} {v:.4f}" for k, v in logs.items() if k.endswith(shown) and not k.endswith(hidden)]
         epoch = [f"epoch {logs['epoch']:.2f}"] if "epoch" in logs else []
         return ", ".join(epoch + said) if said else None
 

@@ -1,6 +1,7 @@
 """TRL's DPO on a prefix: what moves, what it is compared with, which step is kept, how it is resumed."""
 
 import math
+import re
 import shutil
 
 import pytest
@@ -66,6 +67,19 @@ def test_the_step_that_is_kept_is_the_least_loss(build, policy, tmp_path, pairs)
     assert torch.equal(root, soft_prefix(policy.model))
     loss = F.softplus(-margins(trainer, pairs.select(range(24, 32)))).mean().item()
     assert loss == pytest.approx(losses[best], abs=1e-4)
+
+
+def test_a_run_in_the_terminal(build, capsys):
+    build(**EVERY_TWO, max_steps=2).train()
+    lines = capsys.readouterr().out.splitlines()
+    number = r"\d\.\d{4}"
+    for line, words in zip(lines, (
+        f"step 1 of 2: epoch 0.17, loss 0.693[12], rewards/accuracies {number}, [0-9:]+ left",
+        f"step 2 of 2: epoch 0.33, loss {number}, rewards/accuracies {number}",
+        f"step 2 of 2: epoch 0.33, eval_loss {number}, eval_rewards/accuracies {number}",
+        "step 2 of 2: trained in 00:[0-9]+",
+    ), strict=True):  # fmt: skip
+        assert re.fullmatch(words, line), line
 
 
 def test_a_step_that_beat_nothing_is_called_so(build, pairs):

@@ -1,7 +1,6 @@
 """DPO on a soft prefix: TRL's `DPOTrainer`, whose reference is the hard prompt."""
 
 import copy
-import logging
 import math
 import warnings
 from collections.abc import Mapping
@@ -27,8 +26,6 @@ from h2s.reward.functions import RewardFunctions
 from h2s.reward.trainer import PrefixGradientCheck
 from h2s.run.callbacks import ChooseAnewElsewhere, EvaluateLastStep, LogBeforeSaving
 from h2s.run.checkpoints import WholeCheckpoints
-
-logger = logging.getLogger(__name__)
 
 REFERENCE = "ref"  # TRL's name
 HARD_PROMPT_LOSS = math.log(2)  # it prefers neither reply to itself

@@ -153,7 +153,7 @@ def test_a_hub_that_cannot_be_reached_yet_is_told_and_no_more(hub, monkeypatch, 
 
 
 def test_a_local_base_is_refused_before_anything_loads(refused, hub):
-    for name in ("convert_prompt", "train_reward", "train_policy"):
+    for name in ("convert_prompt", "train_reward", "train_policy", "train_dpo"):
         line = refused(name, task={"push_to_hub": True, "hub_model_id": "me/kind"})
         assert "the base model is a folder of this machine, " in line and "give the base by its name on the Hub" in line
     assert not [request for request in hub.requests if "whoami" not in request]

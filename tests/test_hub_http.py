@@ -211,6 +211,8 @@ def test_every_recipe_pushes_and_takes_what_was_pushed(hub, sheet_file, contexts
          "--judge_share", "0.5", "--run_name", "likes", *push, "me/likes"],
         ["train_policy", "--prefix_adapter", "me/kind@second", "--reward_adapter", "me/likes@main",
          "--judge_adapter", "me/likes-judge", *contexts, *small, "--run_name", "kinder", *push, "kinder"],
+        ["train_dpo", "--prefix_adapter", "me/kind@second", "--judge_adapter", "me/likes-judge", *sheet, *small,
+         "--max_completion_length", "4", "--run_name", "kindest", *push, "kindest"],
         ["generate", "--policy_adapter", "me/kinder@main", "--conversation", "hello", "--max_completion_length", "4"],
         ["push", "outputs/likes/judge", "--hub_model_id", "me/other"],
     ]  # fmt: skip
@@ -232,6 +234,7 @@ def test_every_recipe_pushes_and_takes_what_was_pushed(hub, sheet_file, contexts
         "likes": (outputs / "likes", "This is the reward model of its run"),
         "likes-judge": (outputs / "likes" / "judge", "This is the judge model of its run"),
         "kinder": (outputs / "kinder", "soft minus hard"),
+        "kindest": (outputs / "kindest", "Better than 'the longer wins'"),
         "other": (outputs / "likes" / "judge", "This is the judge model of its run"),
     }
     for name, (folder, said) in pushed.items():

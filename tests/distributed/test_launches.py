@@ -68,6 +68,7 @@ def test_stage_2_as_configured(config, policy, tmp_path):
     AutoPeftModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.faults
 def test_dpo_on_two_processes_ends_where_one_does(gemma_folder, sheet_file, tmp_path):
     command = ["recipes/train_dpo.py", "--model_name_or_path", str(gemma_folder), "--path", str(sheet_file)]
     command += ["--hard_prompt", "You are a kind helper.", "--max_steps", "3", "--eval_steps", "3", "--save_steps", "3"]

@@ -43,7 +43,7 @@ def main(run, argv: list[str] | None = None) -> None:
     # The judge learnt from the same people: what it knows of a conversation, the policy shall not learn.
     train, aside = splits.set_aside_seen(parts["train"], judged, "to train on", "judgements")
     validation, _ = splits.set_aside_seen(parts["validation"], judged, "to select by", "judgements")
-    test, unseen = splits.set_aside_seen(parts["test"], {"policy": opened.prefix.seen} | judged, rows="judgements")
+    test, unseen = splits.set_aside_seen(parts["test"], {"policy": opened.prefix.seen, **judged}, rows="judgements")
     PrefixDPOTrainer.check(args, opened, train, validation)
     PrefixDPOTrainer.check(args, opened, test)
     opened.encode(test, args.max_completion_length)  # each can be answered

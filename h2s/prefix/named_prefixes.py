@@ -28,7 +28,7 @@ from h2s.prefix.adapter import (
 )
 from h2s.prefix.chat_template import ChatPrefix
 from h2s.prefix.opened import OpenedPolicy, open_adapter
-from h2s.run.arguments import check_strength
+from h2s.run.strengths import check_strength
 
 # What the chat template and the tokens in front of a conversation are made from.
 OF_THE_PROMPT = ("hard_prompt", "opening_messages", "chat_template_kwargs", "question_prefix", "text", "token_ids")

@@ -2,17 +2,15 @@
 
 import json
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from h2s.errors import InputError
+from h2s.run.strengths import read_strengths
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
-# Past 1 the direction of training is extrapolated, and nothing says that it stays good for long.
-LARGEST_STRENGTH = 1.5
 # TRL's ModelConfig has them under the same names.
 QUANTIZATION = ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 NO_DEVICE_MAP = (
@@ -40,36 +38,6 @@ def _mapping(name: str, value: Any) -> dict | None:
     if not isinstance(value, dict | None):
         raise InputError(f"{name} must be a mapping, got {value!r}")
     return value
-
-
-def check_strength(value: Any) -> None:
-    """Check how far a prefix is to go from its hard prompt, at 0, toward where training brought it, at 1.
-
-    Raises:
-        InputError: it is no number from 0 to 1.5.
-    """
-    if not (isinstance(value, Real) and 0 <= float(value) <= LARGEST_STRENGTH):  # NaN is not
-        expected = f"a number from 0, the hard prompt, to {LARGEST_STRENGTH} (1 is the trained prefix)"
-        raise InputError(f"a strength must be {expected}, got {value!r}")
-
-
-def _strengths(value: list[float] | str) -> list[float]:
-    """Strengths that are listed, or stand in a text with commas between them.
-
-    Raises:
-        InputError: one is none, or stands there twice.
-    """
-    try:
-        strengths = [float(number) for number in (value.split(",") if isinstance(value, str) else value)]
-    except ValueError:
-        raise InputError(f"strengths must be numbers with commas between them (0.5,1,1.5), got {value!r}") from None
-    for strength in strengths:
-        check_strength(strength)
-    if not strengths:
-        raise InputError("strengths are none: leave them out, or give some (0.5,1,1.5)")
-    if len(set(strengths)) < len(strengths):
-        raise InputError(f"strengths must be given once each, got {value!r}")
-    return strengths
 
 
 @dataclass
@@ -317,7 +285,7 @@ class CompareArguments(GenerateArguments):
         if self.best_of_n != 0 and self.best_of_n < 2:
             raise InputError(f"best_of_n must be 0 or at least 2, got {self.best_of_n}")
         if self.strengths is not None:
-            self.strengths = _strengths(self.strengths)
+            self.strengths = read_strengths(self.strengths)
 
 
 def quantization_config(arguments: HardPromptArguments) -> "BitsAndBytesConfig | None":

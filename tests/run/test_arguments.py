@@ -154,25 +154,6 @@ def test_strengths(tmp_path):
     assert parse_recipe(*sections, ["--config", str(tmp_path / "recipe.yaml")])[2] == run[2]
 
 
-@pytest.mark.parametrize(
-    ("strengths", "words"),
-    [
-        ("0.5,high", r"strengths must be numbers with commas between them \(0.5,1,1.5\), got '0.5,high'"),
-        ("0.5,,1", "strengths must be numbers with commas"),
-        ("", "strengths must be numbers with commas"),
-        ("0.5;1", "strengths must be numbers with commas"),
-        ("-0.5", "a strength must be a number from 0, the hard prompt, to 1.5 .*, got -0.5"),
-        ("1,1.6", "a strength must be a number from 0, .*, got 1.6"),
-        ("nan", "a strength must be a number from 0, .*, got nan"),
-        ("1,0.5,1.0", "strengths must be given once each, got '1,0.5,1.0'"),
-        ([0.5, 2], "a strength must be a number from 0, .*, got 2.0"),
-    ],
-)
-def test_strengths_that_are_none(strengths, words):
-    with pytest.raises(InputError, match=words):
-        CompareArguments(strengths=strengths)
-
-
 def test_several_paths(tmp_path):
     """As flags and in YAML, where one may be a text; each is looked for beside the recipe first."""
     classes = (RewardModelArguments, RewardDatasetArguments, GenerateArguments)

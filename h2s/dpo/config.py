@@ -71,10 +71,11 @@ class PrefixDPOConfig(DPOConfig):
 
     Differing from TRL's: `output_dir` outputs, `learning_rate` 1e-2 (a prefix), `per_device_train_batch_size` and
     `per_device_eval_batch_size` 4, `num_train_epochs` 1, `lr_scheduler_type` constant, `weight_decay` 0 (decay pulls
-    the prefix to zero keys, not to the hard prompt), `eval_steps` 10, `save_steps` 10, `save_total_limit` 2, `metric_for_best_model` loss with
-    `greater_is_better` False, `report_to` tensorboard, `logging_nan_inf_filter` False, `max_length` None (TRL's cuts
-    replies and drops rows), `bf16` False (the dtype is the model's), `gradient_checkpointing` refused (it crashes with
-    a prefix), `ddp_find_unused_parameters` False, `resume_from_checkpoint` a bool, `use_cpu` where there is no CUDA.
+    the prefix to zero keys, not to the hard prompt), `eval_steps` 10, `save_steps` 10, `save_total_limit` 2,
+    `metric_for_best_model` loss with `greater_is_better` False, `report_to` tensorboard, `logging_nan_inf_filter`
+    False, `max_length` None (TRL's cuts replies and drops rows), `bf16` False (the dtype is the model's),
+    `gradient_checkpointing` refused (it crashes with a prefix), `ddp_find_unused_parameters` False,
+    `resume_from_checkpoint` a bool, `use_cpu` where there is no CUDA.
     Refused by name: other losses than DPO's own, which were not run with a prefix, and what has no effect here.
     """
 
